@@ -1,0 +1,65 @@
+"""What every benchmark shares: the machine it ran on, medians with spread, and tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LIBRARIES = ("latentrt", "numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers")
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, library versions and commit, as they go into every result file."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf8") if Path("/proc/cpuinfo").exists() else ""
+    model = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")),
+                 platform.processor())
+    flags = next((line for line in info.splitlines() if line.startswith("flags")), "").split()
+    return {
+        "cpu": model, "cores": len(os.sched_getaffinity(0)),
+        "isa": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(), "versions": _versions(), "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of timings in seconds."""
+    p20, median, p80 = np.percentile(seconds, [20, 50, 80])
+    return {"median": float(median), "p20": float(p20), "p80": float(p80), "runs": len(seconds)}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of one set of keys as aligned text columns."""
+    heads = list(rows[0])
+    cells = [heads, *([str(row[h]) for h in heads] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a result file under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
+    temporary.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    installed = {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}
+    return {name: metadata.version(name) for name in LIBRARIES if name in installed}
+
+
+def _commit() -> str:
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
+                         cwd=Path(__file__).parent)
+    return run.stdout.strip() or "unknown"

@@ -1,0 +1,40 @@
+"""What every CPU backend checks before it takes the address of a caller's array."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from engines.bundle import Component
+from engines.spec import EngineConfig, EngineError, TensorSpec
+
+
+def resolve(specs: Iterable[TensorSpec], config: EngineConfig) -> dict[str, TensorSpec]:
+    """Name → spec at the config's static shapes."""
+    return {spec.name: spec.resolve(config.dims) for spec in specs}
+
+
+def allocate(component: Component, config: EngineConfig) -> dict[str, np.ndarray]:
+    """One uninitialised array for every input and output."""
+    return {n: s.empty() for n, s in resolve((*component.inputs, *component.outputs), config).items()}
+
+
+def check_names(buffers: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """Raises EngineError unless `buffers` has exactly the `expected` names."""
+    expected = set(expected)
+    if set(buffers) != expected:
+        raise EngineError(f"bind: got buffers {sorted(buffers)}, expected exactly {sorted(expected)}")
+
+
+def check_array(spec: TensorSpec, array: Any) -> None:
+    """Raises EngineError unless `array` is a C-contiguous writeable numpy array of `spec`."""
+    if not isinstance(array, np.ndarray):
+        raise EngineError(f"bind {spec.name}: got {type(array).__name__}, expected a numpy array")
+    if array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
+        raise EngineError(f"bind {spec.name}: got {array.dtype} {list(array.shape)}, "
+                          f"expected {spec.dtype} {list(spec.shape)}")
+    if not array.flags.c_contiguous or not array.flags.writeable:
+        raise EngineError(f"bind {spec.name}: got a view that is not C-contiguous or not writeable; "
+                          "pass a fresh array, such as spec.empty()")

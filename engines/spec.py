@@ -1,0 +1,108 @@
+"""The words that every stage shares: tensor specs, engine configs, the `Engine` protocol and its error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+class EngineError(RuntimeError):
+    """A bundle or an engine that cannot be read, built, trusted or run. The message says got / expected / do."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a component: its name, numpy dtype name, and shape of ints and dimension names.
+
+    Dimension names are those of `EngineConfig.dims`: batch, height, width (pixels), latent_height, latent_width,
+    sequence (tokens).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def resolve(self, dims: Mapping[str, int]) -> TensorSpec:
+        """The same spec with every dimension a number. Raises EngineError for a name that `dims` does not have."""
+        try:
+            shape = tuple(d if isinstance(d, int) else dims[d] for d in self.shape)
+        except KeyError as e:
+            raise EngineError(f"tensor {self.name}: got dimension {e}, expected one of {sorted(dims)}") from e
+        return dataclasses.replace(self, shape=shape)
+
+    def empty(self) -> np.ndarray:
+        """An uninitialised array of a resolved spec."""
+        return np.empty(tuple(int(d) for d in self.shape), self.dtype)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is built for; passed whole, hashed whole into the cache key.
+
+    backend: a name of `engines.BACKENDS`. dtype: the precision it computes in (its inputs and outputs are float32
+    whatever this says). batch: rows of the engine's batch dimension. height, width: pixels of the picture, 0 for a
+    component without them. latent_height, latent_width: the same in latents. sequence: tokens, 0 where there are none.
+    device: "cpu", "cpu:avx2", "cuda:0", "sm_90" … as the backend understands it. threads: 0 leaves it to the backend.
+    options: backend-specific settings, JSON values only.
+    """
+
+    backend: str
+    dtype: str = "fp32"
+    batch: int = 1
+    height: int = 0
+    width: int = 0
+    latent_height: int = 0
+    latent_width: int = 0
+    sequence: int = 0
+    device: str = "cpu"
+    threads: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise EngineError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        for name in ("batch", "height", "width", "latent_height", "latent_width", "sequence", "threads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < (1 if name == "batch" else 0):
+                raise EngineError(f"engine config {name}: got {value!r}, expected a whole number of at least "
+                                  f"{1 if name == 'batch' else 0}")
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Values of the dimension names that tensor specs use."""
+        return {name: getattr(self, name)
+                for name in ("batch", "height", "width", "latent_height", "latent_width", "sequence")}
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "options": dict(self.options)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of to_json. Unknown keys raise EngineError."""
+        unknown = set(data) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise EngineError(f"engine config: got unknown keys {sorted(unknown)}, expected those of EngineConfig; "
+                              "rebuild the engine with this version")
+        return cls(**data)
+
+
+class Engine(Protocol):
+    """One compiled component with static shapes. Buffers are numpy arrays on CPUs, device memory on GPUs."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+    def bind(self, buffers: Mapping[str, Any]) -> None:
+        """Fix the address of every input and output, once. Raises EngineError for a wrong name, dtype or shape."""
+
+    def enqueue(self, stream: Any = None) -> None:
+        """Run on the bound buffers; may be called many times. On a CPU it returns when the outputs are written."""
+
+    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Give named initializers of the ONNX graph new values. Raises EngineError for an unknown name or shape."""

@@ -1,0 +1,92 @@
+"""Export: a checkpoint becomes a bundle (ONNX graphs, tokenizer, manifest).
+
+Importing this package is cheap: torch, diffusers and transformers are imported when `export` is called.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from engines.bundle import Bundle, LatentSpec, Manifest, TextSpec, hash_file, hash_files, write_manifest
+from engines.publish import publish
+from engines.spec import DTYPES
+
+if TYPE_CHECKING:
+    from export.checkpoint import Checkpoint
+
+FAMILIES = ("sd1", "sd2-base", "sd2-v")
+"""Architectures whose configuration ships in `export/configs`, for single-file checkpoints."""
+
+TOKENIZER = "tokenizer/tokenizer.json"
+
+
+class ExportError(RuntimeError):
+    """A checkpoint that cannot be read, is not supported, or whose graph is not what PyTorch computes."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", force: bool = False,
+           progress: bool = True, config: str | Path | None = None, tokenizer: str | Path | None = None) -> Bundle:
+    """Trace a checkpoint to ONNX, compare every graph with PyTorch, and publish the bundle at `output`.
+
+    checkpoint: a diffusers folder, or one .safetensors / .ckpt file in the original Stable Diffusion 1.x or 2.x layout.
+    dtype: precision of weights and arithmetic, "fp32" (also "auto"), "fp16" or "bf16"; inputs and outputs are float32.
+    force: replace what is at `output`. progress: draw a bar if stderr is a terminal. config, for a single file: one of
+    FAMILIES, or a diffusers folder whose configuration (not weights) is used. tokenizer: a folder to use instead of the
+    checkpoint's. Nothing is downloaded. Raises ExportError or engines.EngineError; what was at `output` is then still
+    there.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise ExportError(f"dtype: got {dtype!r}, expected auto, {', '.join(DTYPES)}")
+    dtype = "fp32" if dtype == "auto" else dtype
+    with publish(Path(output), force) as directory:
+        from export.checkpoint import open_checkpoint
+        from export.component import COMPONENTS, STAGES, export_component
+        from export.tokenizer import save_tokenizer
+
+        source = open_checkpoint(Path(checkpoint), config, tokenizer)
+        total, hidden = len(STAGES) * len(COMPONENTS), None if progress else True  # None: unless stderr is a terminal
+        with tqdm(total=total, disable=hidden, leave=False, unit="stage") as stages:
+            def on_stage(name: str) -> None:
+                stages.set_description(name)
+                stages.update()
+
+            components = {name: export_component(name, source, dtype, directory, on_stage) for name in COMPONENTS}
+        save_tokenizer(source.tokenizer, directory / TOKENIZER)
+        write_manifest(directory, _manifest(source, components, directory))
+    return Bundle.open(output)
+
+
+def _manifest(source: Checkpoint, components: dict[str, Any], directory: Path) -> Manifest:
+    length, pad = source.max_length, source.tokenizer.pad_token_id
+    return Manifest(
+        family=source.family, components=components, scheduler=source.scheduler,
+        prediction_type=source.scheduler.get("prediction_type", "epsilon"),
+        latent=LatentSpec(channels=source.vae["latent_channels"], scale=source.scale, shift=source.shift,
+                          factor=source.factor, multiple=source.multiple),
+        text=(TextSpec("text_encoder", TOKENIZER, length, pad, "last"),), default_size=source.default_size,
+        files=hash_files(directory, [TOKENIZER]), provenance=_provenance(source))
+
+
+def _provenance(source: Checkpoint) -> dict[str, Any]:
+    try:
+        version = importlib.metadata.version("latentrt")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(from a checkout)"
+    packages = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
+    return {
+        "source": source.name,
+        "sha256": {str(file.relative_to(source.root)): hash_file(file) for file in source.weights},
+        "exporter": f"latentrt {version}",
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,104 @@
+"""`python -m export CHECKPOINT -o BUNDLE`: the command line of `export.export`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from pathlib import Path
+
+import engines
+from engines.spec import DTYPES, EngineError
+from export import FAMILIES, ExportError, export
+
+EXAMPLES = """
+examples:
+  python -m export stable-diffusion-v1-5 -o sd15.bundle                 a diffusers folder
+  python -m export v1-5-pruned.safetensors -o sd15.bundle               one file in the original layout
+  python -m export 512-base-ema.ckpt -o sd2.bundle --config sd2-base    a 2.x model that predicts epsilon
+  python -m export my-model -o my.bundle --dtype fp16                   half the size, for GPUs
+  python -m export my-model -o my.bundle --backend openvino --size 512x512 768x512 --batch 1 4
+                                                                        build engines for these sizes too
+
+Everything is read from disk; nothing is downloaded. Next: python -m runtime BUNDLE "a prompt" -o picture.png
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, 2 for what the user can put right, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.ERROR if options.quiet else logging.WARNING, format="%(message)s")
+    for package in ("export", "engines") if options.verbose else ():
+        logging.getLogger(package).setLevel(logging.INFO)
+    dtype = options.dtype if options.dtype != "auto" else "fp16" if options.gpu else "fp32"
+    build = options.backend or ("auto" if options.size or options.batch else "none")
+    try:
+        if build != "none":
+            from engines.choice import choose
+
+            engine, computes = choose(build, options.dtype)  # before the long part: a missing backend shows at once
+        bundle = export(options.checkpoint, options.output, dtype=dtype, force=options.force,
+                        progress=not options.quiet, config=options.config, tokenizer=options.tokenizer)
+        if build != "none":
+            engines.build_all(bundle, engine, sizes=options.size or (), batches=options.batch or (1,), dtype=computes)
+    except (ExportError, EngineError, OSError, ValueError) as e:
+        if options.verbose:
+            logging.getLogger(__name__).exception("export failed")
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was published", file=sys.stderr)
+        return 130
+    if not options.quiet:
+        print(f"{bundle.path}: {bundle.manifest.family}, {dtype}")
+        for name, component in bundle.manifest.components.items():
+            print(f"  {name:13} differs from PyTorch by {component.check.rel_rms:.1e} (relative RMS)")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Turn a Stable Diffusion 1.x or 2.x checkpoint into a bundle that the runtime opens.")
+    parser.add_argument("checkpoint", type=Path, help="a diffusers folder, or a .safetensors or .ckpt file")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
+                        help="precision of weights and arithmetic; auto: fp16 with --gpu, else fp32")
+    parser.add_argument("--config", metavar="FAMILY|DIR",
+                        help=f"for a single file, its architecture: {', '.join(FAMILIES)}, or a diffusers folder of "
+                             "the same architecture (default: told from the weights; 2.x is taken for sd2-v)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="use this tokenizer instead of the checkpoint's")
+    parser.add_argument("--force", action="store_true", help="replace BUNDLE if it exists")
+    group = parser.add_argument_group("engines", "Any of these builds engines from the bundle when it is done, which "
+                                      "`python -m engines build` can do later.")
+    group.add_argument("--backend", choices=["auto", *engines.BACKENDS, "none"],
+                       help="which engines; auto is the fastest backend that is installed")
+    group.add_argument("--size", nargs="+", type=_size, metavar="HxW", help="picture sizes (default: the model's own)")
+    group.add_argument("--batch", nargs="+", type=_count, metavar="N", help="pictures at a time (default: 1)")
+    parser.add_argument("--gpu", type=_gpu, metavar="ARCH", help="the GPU that will run it, such as sm_90")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print what is decided, and tracebacks")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    if not (found := re.fullmatch(r"(\d+)x(\d+)", text)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH such as 512x768")
+    return int(found[1]), int(found[2])
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _gpu(text: str) -> str:
+    if not re.fullmatch(r"sm_\d+", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a compute capability such as sm_90")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

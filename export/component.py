@@ -1,0 +1,113 @@
+"""One component: load it, trace it, save it, and compare the saved graph with PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from engines import verify
+from engines.bundle import Check, Component, hash_files
+from engines.spec import EngineConfig, EngineError
+from export import ExportError
+from export.checkpoint import Checkpoint
+from export.graphs import GRAPHS, Graph
+from export.trace import trace
+
+logger = logging.getLogger(__name__)
+
+COMPONENTS = tuple(GRAPHS)
+STAGES = ("load", "trace", "save", "check")
+"""Of each component."""
+
+REFERENCE = "PyTorch eager, float32"
+
+SEED = 1234
+"""Of the inputs that a graph is checked with."""
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def export_component(name: str, checkpoint: Checkpoint, dtype: str, directory: Path,
+                     on_stage: Callable[[str], None] = lambda stage: None) -> Component:
+    """Write `directory`/`name`.onnx and `name`.onnx.data, and check them; `on_stage` hears of each of STAGES.
+
+    Only one component's weights are in memory at a time, and PyTorch's are gone before onnxruntime reads the file.
+    Raises ExportError where the graph is further from PyTorch than `engines.verify.TOLERANCE`.
+    """
+    on_stage(f"{name}: load")
+    graph = _load(name, checkpoint)
+    inputs = graph.example(_dims(checkpoint, check=True), SEED)
+    with torch.no_grad():
+        outputs = graph(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    expected = {spec.name: value.numpy() for spec, value in zip(graph.outputs, outputs, strict=True)}
+
+    on_stage(f"{name}: trace")
+    graph.to(_DTYPES[dtype])
+    model, sites = trace(graph, _dims(checkpoint, check=False))
+
+    on_stage(f"{name}: save")
+    file = directory / f"{name}.onnx"
+    ir.save(model, file, external_data=f"{name}.onnx.data")
+    specs = graph.inputs, graph.outputs
+    del graph, model, outputs
+
+    on_stage(f"{name}: check")
+    feed = {spec.name: value.numpy() for spec, value in zip(specs[0], inputs, strict=True)}
+    component = Component(file=file.name, files=hash_files(directory, [file.name, f"{file.name}.data"]), dtype=dtype,
+                          inputs=specs[0], outputs=specs[1], sites=sites, check=Check("not checked", SEED, 0.0, 0.0))
+    check = _check(name, file, component, feed, expected)
+    logger.info("%s: %s, sites %s, relative RMS %.1e", name, dtype, sites, check.rel_rms)
+    return dataclasses.replace(component, check=check)
+
+
+def _load(name: str, checkpoint: Checkpoint) -> Graph:
+    with _no_progress_bars():
+        return GRAPHS[name](checkpoint.load(GRAPHS[name].source), checkpoint).eval()
+
+
+def _dims(checkpoint: Checkpoint, check: bool) -> dict[str, int]:
+    """Sizes to trace at and, different in every one, to check at: what was fixed by mistake shows."""
+    unit, factor, length = checkpoint.multiple, checkpoint.factor, checkpoint.max_length
+    batch, height, width, sequence = (3, unit, 2 * unit, length) if check else (2, 3 * unit, 4 * unit, 2 * length)
+    return {"batch": batch, "latent_height": height, "latent_width": width, "height": height * factor,
+            "width": width * factor, "sequence": sequence}
+
+
+def _check(name: str, file: Path, component: Component, feed: dict[str, np.ndarray],
+           expected: dict[str, np.ndarray]) -> Check:
+    """Run the saved graph in onnxruntime on the CPU, widened to float32 if it is a 16-bit one.
+
+    What is then measured is the graph and the rounding of its weights: the CPU has no kernels for most 16-bit
+    operators, and how an engine rounds in between is measured when it is built.
+    """
+    arrays = {**feed, **expected}
+    sizes = {dim: size for spec in (*component.inputs, *component.outputs)
+             for dim, size in zip(spec.shape, arrays[spec.name].shape, strict=True) if isinstance(dim, str)}
+    try:
+        got = verify.run_reference(file, component, EngineConfig("onnxruntime", **sizes), feed)
+        return verify.compare(got, expected, component.dtype, f"{name}: the {component.dtype} graph", SEED, REFERENCE)
+    except EngineError as e:
+        raise ExportError(f"{e}; nothing was published") from e
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """The libraries draw their own bars under ours; both settings are global, so they are put back."""
+    enabled = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in enabled:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in enabled:
+            log.enable_progress_bar()

@@ -1,0 +1,132 @@
+"""The four graphs of a bundle as PyTorch modules: float32 in and out, whatever the model's dtype.
+
+Each graph says its inputs and outputs, in the dimension names of `engines.EngineConfig.dims`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from engines.spec import TensorSpec
+from export.checkpoint import Checkpoint
+
+
+class Graph(nn.Module):
+    """One component: `model` is what it wraps, and the rest describes what goes in and out."""
+
+    source = ""
+    """Which of the checkpoint's modules it wraps."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model = model
+        self.checkpoint = checkpoint
+
+    @property
+    def used(self) -> nn.Module:
+        """The part of the model that this graph computes."""
+        return self.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def example(self, dims: Mapping[str, int], seed: int) -> tuple[torch.Tensor, ...]:
+        """Random inputs: standard normal, token ids from the vocabulary, timesteps in [0, 1000)."""
+        generator = torch.Generator().manual_seed(seed)
+        values = []
+        for spec in self.inputs:
+            shape = [d if isinstance(d, int) else dims[d] for d in spec.shape]
+            if spec.name == "input_ids":
+                size = self.checkpoint.text_encoder["vocab_size"]
+                values.append(torch.randint(size, shape, generator=generator))
+            elif spec.name == "timestep":
+                values.append(torch.rand(shape, generator=generator) * 1000)
+            else:
+                values.append(torch.randn(shape, generator=generator))
+        return tuple(values)
+
+
+class TextEncoder(Graph):
+    """Token ids → the hidden states that the UNet attends to (the last layer, after the final norm)."""
+
+    source = "text_encoder"
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        super().__init__(model, checkpoint)
+        length, width = checkpoint.max_length, checkpoint.text_encoder["hidden_size"]
+        self.inputs = (TensorSpec("input_ids", "int64", ("batch", length)),)
+        self.outputs = (TensorSpec("hidden_states", "float32", ("batch", length, width)),)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids).last_hidden_state.float()
+
+
+class UNet(Graph):
+    """Noisy latents, a timestep for each row, and text → the model's prediction, as `prediction_type` says."""
+
+    source = "unet"
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        super().__init__(model, checkpoint)
+        latent = ("latent_height", "latent_width")
+        channels, width = checkpoint.unet["in_channels"], checkpoint.unet["cross_attention_dim"]
+        self.inputs = (TensorSpec("sample", "float32", ("batch", channels, *latent)),
+                       TensorSpec("timestep", "float32", ("batch",)),
+                       TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", width)))
+        self.outputs = (TensorSpec("noise_pred", "float32", ("batch", checkpoint.vae["latent_channels"], *latent)),)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor,
+                encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        text = encoder_hidden_states.to(self.dtype)
+        return self.model(sample.to(self.dtype), timestep, text, return_dict=False)[0].float()
+
+
+class VAEDecoder(Graph):
+    """Latents as the UNet knows them → picture, nominally in [-1, 1] and not clamped."""
+
+    source = "vae"
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        super().__init__(model, checkpoint)
+        channels = checkpoint.vae["latent_channels"]
+        self.inputs = (TensorSpec("latents", "float32", ("batch", channels, "latent_height", "latent_width")),)
+        self.outputs = (TensorSpec("image", "float32", ("batch", 3, "height", "width")),)
+
+    @property
+    def used(self) -> nn.Module:
+        return self.model.decoder
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        latents = latents / self.checkpoint.scale + self.checkpoint.shift
+        return self.model.decode(latents.to(self.dtype), return_dict=False)[0].float()
+
+
+class VAEEncoder(Graph):
+    """Picture in [-1, 1] → mean and std of its latents as the UNet knows them: latents = mean + std · noise."""
+
+    source = "vae"
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        super().__init__(model, checkpoint)
+        shape = ("batch", checkpoint.vae["latent_channels"], "latent_height", "latent_width")
+        self.inputs = (TensorSpec("image", "float32", ("batch", 3, "height", "width")),)
+        self.outputs = (TensorSpec("mean", "float32", shape), TensorSpec("std", "float32", shape))
+
+    @property
+    def used(self) -> nn.Module:
+        return self.model.encoder
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latent = self.model.encode(image.to(self.dtype), return_dict=False)[0]
+        mean, std = latent.mean.float(), latent.std.float()
+        return (mean - self.checkpoint.shift) * self.checkpoint.scale, std * self.checkpoint.scale
+
+
+GRAPHS: Mapping[str, type[Graph]] = {
+    "text_encoder": TextEncoder, "unet": UNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}

@@ -1,0 +1,149 @@
+"""`python -m runtime BUNDLE "prompt"`: pictures from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime import EngineError, Pipeline, Request, Result, images
+from runtime.schedulers import names
+
+EXAMPLES = """\
+examples:
+  python -m runtime sd15.bundle "a photograph of an astronaut riding a horse" --seed 42 -o astronaut.png
+  python -m runtime sd15.bundle "a lighthouse" --scheduler dpm++_2m_karras --steps 20 --size 512x768 --count 4
+  python -m runtime sd15.bundle "a red fox" "a grey wolf" --negative "blurry" -o animals.png
+  python -m runtime sd15.bundle --from astronaut.png -o again.png      the same picture again
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half written", file=sys.stderr)
+        return 130
+    except (EngineError, ValueError, OSError) as e:
+        if args.verbose:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    requests = _requests(args)
+    targets = _targets(args, requests)
+    size = next(((r.height, r.width) for r in requests if r.height and r.width), None)
+    pipe = Pipeline.load(args.bundle, args.backend, dtype=args.dtype, size=size, batch=args.batch,
+                         threads=args.threads, progress=not args.quiet)
+    results = pipe(requests)
+    drawn = []
+    for result, files in zip(results, targets, strict=True):
+        for i, (image, file) in enumerate(zip(result.images, files, strict=True)):
+            record = {"request": result.request_of(i).to_json(), "model": pipe.bundle.manifest.provenance,
+                      "backend": pipe.backend, "dtype": pipe.dtype}
+            images.save(image, file, record, force=args.force)
+            drawn.append(image)
+    if args.grid:
+        images.save(images.grid(drawn), args.grid, force=args.force)
+    _report(args, pipe, results, targets)
+    return 0
+
+
+def _requests(args: argparse.Namespace) -> list[Request]:
+    """The requests that the options describe; `--from` gives the start that the other options change."""
+    changes = {name: value for name, value in vars(args).items()
+               if name in {f.name for f in dataclasses.fields(Request)} and value is not None}
+    if args.size:
+        changes["height"], changes["width"] = args.size
+    if args.source:
+        start = Request.from_json(images.metadata(args.source)["request"])
+        prompts = args.prompt or [start.prompt]
+        return [dataclasses.replace(start, **{**changes, "prompt": prompt}) for prompt in prompts]
+    if not args.prompt:
+        raise ValueError("prompt: got none, expected at least one; or repeat a picture with --from FILE.png")
+    return [Request(**{**changes, "prompt": prompt}) for prompt in args.prompt]
+
+
+def _targets(args: argparse.Namespace, requests: list[Request]) -> list[list[Path]]:
+    """The file of every image; names are numbered when there are several. Refuses what exists before any work."""
+    total = sum(r.count for r in requests)
+    paths = [args.target if total == 1 else args.target.with_stem(f"{args.target.stem}-{i}") for i in range(total)]
+    for path in [*paths, *([args.grid] if args.grid else [])]:
+        images.check_target(path, args.force)
+    files = iter(paths)
+    return [[next(files) for _ in range(r.count)] for r in requests]
+
+
+def _report(args: argparse.Namespace, pipe: Pipeline, results: list[Result], targets: list[list[Path]]) -> None:
+    timings = results[0].timings
+    if args.json:
+        record = {"images": [{"file": str(f), "request": r.request_of(i).to_json()}
+                             for r, files in zip(results, targets, strict=True) for i, f in enumerate(files)],
+                  "grid": str(args.grid) if args.grid else None, "backend": pipe.backend, "dtype": pipe.dtype,
+                  "seconds": {"load": pipe.load_seconds, **timings}}
+        print(json.dumps(record, indent=1, ensure_ascii=False))
+        return
+    for result, files in zip(results, targets, strict=True):
+        for i, file in enumerate(files):
+            print(f"{file}  seed {result.request_of(i).seed}")
+    if args.grid:
+        print(args.grid)
+    stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in {"load": pipe.load_seconds, **timings}.items())
+    print(f"{pipe.backend} {pipe.dtype}: {stages}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`HxW` (or one number for a square) to (height, width)."""
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        height, width = sides if len(sides) == 2 else sides * 2
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH such as 512x768") from e
+    return height, width
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m runtime", description="Draw pictures from prompts with an exported bundle.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Any = parser.add_argument
+    add("bundle", help="directory that `python -m export` wrote")
+    add("prompt", nargs="*", help="what to draw; several prompts are drawn as one batch")
+    add("--negative", dest="negative_prompt", metavar="TEXT", help="what to keep away from (default: nothing)")
+    add("--steps", type=int, metavar="N", help="solver steps (default 50)")
+    add("--guidance", type=float, metavar="G", help="classifier-free guidance scale; 1 or below: off (default 7.5)")
+    add("--guidance-rescale", type=float, metavar="PHI", help="0 to 1, against over-exposure (default 0)")
+    add("--scheduler", metavar="NAME", help=f"diffusers class name or one of: {', '.join(names())} "
+        "(default: the checkpoint's own)")
+    add("--eta", type=float, help="noise share of DDIM, 0 to 1 (default 0)")
+    add("--timesteps", type=lambda t: tuple(int(v) for v in t.split(",")), metavar="T,T,...",
+        help="the solver's timesteps, highest first, instead of --steps")
+    add("--seed", type=int, metavar="N", help="0 to 2**64-1; image i uses seed + i (default: drawn and printed)")
+    add("--count", type=int, metavar="N", help="images per prompt (default 1)")
+    add("--size", type=parse_size, metavar="HxW", help="pixels, height first (default: the model's own)")
+    add("--from", dest="source", type=Path, metavar="FILE.png", help="repeat the request stored in a picture; "
+        "options given here change it")
+    add("-o", "--output", dest="target", type=Path, default=Path("latentrt.png"), metavar="FILE",
+        help="picture to write, numbered when there are several (default %(default)s)")
+    add("--grid", type=Path, metavar="FILE", help="also write all pictures on one")
+    add("--force", action="store_true", help="replace pictures that exist")
+    add("--backend", default="auto", help="engine to run (default: the fastest installed; see python -m engines list)")
+    add("--dtype", default="auto", help="fp32, fp16, bf16 or auto: precision to compute in (default %(default)s)")
+    add("--batch", type=int, default=1, metavar="N", help="images denoised together (default 1)")
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+    add("--json", action="store_true", help="print files, requests and timings as JSON")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("-v", "--verbose", action="store_true", help="log what is loaded and built; tracebacks for errors")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Settings of the whole suite: no network, and a reason for every GPU test that is skipped."""
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, on tensors this small and beside other work, is slower with more
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that needs a download fails at once
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """None where the CUDA driver has a device, else the reason. Asks the driver itself, so torch stays unloaded."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "needs an NVIDIA GPU: no driver here (libcuda.so.1)"
+    if status := driver.cuInit(0):
+        return f"needs an NVIDIA GPU: the driver does not start (cuInit gives {status})"
+    count = ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    return None if count.value else "needs an NVIDIA GPU: the driver sees none"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
+        pytest.skip(reason)
+
+
+class Lazy(dict[str, Path]):
+    """A mapping whose values are made at their first use."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        self._make = make
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self._make(name)
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Lazy:
+    """Tiny random checkpoints by the name of their builder in tests/tiny.py."""
+    from tests import tiny
+
+    return Lazy(lambda name: getattr(tiny, name)(tmp_path_factory.mktemp("checkpoints") / name))
+
+
+@pytest.fixture(scope="session")
+def bundles(checkpoints: Lazy, tmp_path_factory: pytest.TempPathFactory) -> Lazy:
+    """fp32 bundles of `checkpoints`."""
+    from export import export
+
+    def make(name: str) -> Path:
+        return export(checkpoints[name], tmp_path_factory.mktemp("bundles") / name, progress=False).path
+
+    return Lazy(make)

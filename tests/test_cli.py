@@ -1,0 +1,84 @@
+"""`python -m runtime` as a user calls it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from runtime.__main__ import main
+
+
+@pytest.fixture
+def draw(bundles, tmp_path):
+    """Run the command line on the tiny SD 1 bundle; options are strings. Returns the exit status."""
+    def run(*options, prompt="a cat", output="cat.png"):
+        words = [] if prompt is None else [prompt]
+        return main([str(bundles["sd1"]), *words, "--backend", "onnxruntime", "--size", "64x64", "--steps", "2",
+                     "--quiet", "-o", str(tmp_path / output), *options])
+    return run
+
+
+def test_a_picture_repeats_itself(draw, tmp_path, bundles):
+    assert draw("--seed", "3", "--negative", "rain", "--scheduler", "euler") == 0
+    assert main([str(bundles["sd1"]), "--from", str(tmp_path / "cat.png"), "--backend", "onnxruntime", "--quiet",
+                 "-o", str(tmp_path / "again.png")]) == 0
+    first, again = Image.open(tmp_path / "cat.png"), Image.open(tmp_path / "again.png")
+    assert first.size == (64, 64)
+    assert first.tobytes() == again.tobytes()
+    assert json.loads(first.text["latentrt"])["request"] == json.loads(again.text["latentrt"])["request"]
+
+
+def test_the_seed_that_was_drawn_is_in_the_picture(draw, tmp_path):
+    assert draw() == 0
+    request = json.loads(Image.open(tmp_path / "cat.png").text["latentrt"])["request"]
+    assert 0 <= request["seed"] < 2**32 and request["prompt"] == "a cat"
+
+
+def test_count_numbers_the_files_and_each_repeats_alone(draw, tmp_path, bundles):
+    assert draw("--count", "2", "--seed", "5", "--grid", str(tmp_path / "grid.png")) == 0
+    assert Image.open(tmp_path / "grid.png").size == (130, 64)
+    assert main([str(bundles["sd1"]), "--from", str(tmp_path / "cat-1.png"), "--backend", "onnxruntime", "--quiet",
+                 "-o", str(tmp_path / "again.png")]) == 0
+    assert Image.open(tmp_path / "again.png").tobytes() == Image.open(tmp_path / "cat-1.png").tobytes()
+
+
+def test_json_tells_files_seeds_and_seconds(draw, capsys, tmp_path):
+    assert draw("--seed", "9", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["images"][0]["file"] == str(tmp_path / "cat.png")
+    assert report["images"][0]["request"]["seed"] == 9
+    assert {"load", "text", "denoise", "decode", "total"} == set(report["seconds"])
+
+
+def test_an_existing_picture_is_kept_unless_forced(draw, tmp_path, capsys):
+    (tmp_path / "cat.png").write_bytes(b"mine")
+    assert draw() == 2
+    assert "--force" in capsys.readouterr().err
+    assert (tmp_path / "cat.png").read_bytes() == b"mine"
+    assert draw("--force") == 0
+    assert Image.open(tmp_path / "cat.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--scheduler", "eulr"], "eulr"), (["--steps", "0"], "steps: got 0"), (["--seed", "-1"], "seed: got -1"),
+    (["--size", "65x64"], "multiples of 64"), (["--batch", "0"], "batch: got 0"), (["--backend", "cuda"], "cuda"),
+    (["--dtype", "fp8"], "fp8"), (["--from", "nowhere.png"], "nowhere.png"), (["-o", "cat.txt"], "cat.txt"),
+])
+def test_bad_options_are_one_line(draw, capsys, options, message):
+    assert draw(*options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_no_prompt_is_an_error_that_says_what_to_do(draw, capsys):
+    assert draw(prompt=None) == 2
+    assert "--from" in capsys.readouterr().err
+
+
+def test_a_missing_bundle_names_the_export_command(tmp_path):
+    run = subprocess.run([sys.executable, "-m", "runtime", str(tmp_path / "none"), "a cat"], capture_output=True,
+                         text=True, check=False)
+    assert run.returncode == 2
+    assert "python -m export" in run.stderr and "Traceback" not in run.stderr

@@ -1,0 +1,113 @@
+"""Tiny random checkpoints with the layout of real ones, for tests; and one of full Stable Diffusion 1.5 size.
+
+Each builder saves a diffusers folder at `path` and returns `path`. The same call gives the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from export.tokenizer import BOS, EOS, clip_tokenizer
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+MERGES = [("t", "h"), ("th", "e</w>"), ("a", "n"), ("an", "d</w>"), ("r", "e"), ("i", "n"), ("in", "g</w>"),
+          ("c", "a"), ("ca", "t</w>"), ("o", "n</w>"), ("o", "f</w>"), ("h", "o"), ("r", "s"), ("rs", "e</w>")]
+
+
+def sd1(path: str | Path, seed: int = 0, levels: int = 4) -> Path:
+    """Stable Diffusion 1.x in small: conv projections, 8 heads at every level, epsilon, PNDM as SD 1.5 ships it.
+
+    levels: of the UNet. Pictures are multiples of 8 · 2^(levels − 1) pixels.
+    """
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, down_block_types=DOWN[-levels:],
+        up_block_types=UP[:levels], block_out_channels=(32, 32, 64, 64)[:levels], norm_num_groups=8,
+        cross_attention_dim=32, attention_head_dim=8)
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    return _save(path, unet, _vae(), _text(width=32, layers=3, act="quick_gelu"), _tokenizer(pad=EOS), scheduler)
+
+
+def sd2(path: str | Path, seed: int = 1, levels: int = 4) -> Path:
+    """Stable Diffusion 2.x in small: linear projections, head dim 64 with per-level head counts, v-prediction, DDIM."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, down_block_types=DOWN[-levels:],
+        up_block_types=UP[:levels], block_out_channels=(64, 128, 64, 64)[:levels], norm_num_groups=8,
+        cross_attention_dim=48, attention_head_dim=[1, 2, 1, 1][:levels], use_linear_projection=True)
+    scheduler = DDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
+                              steps_offset=1)
+    return _save(path, unet, _vae(), _text(width=48, layers=2, act="gelu"), _tokenizer(pad="!"), scheduler)
+
+
+def sd15(path: str | Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
+    """The architecture of Stable Diffusion 1.5 with random weights (2.1 GB in fp16, 4.3 GB in fp32), for benchmarks."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, down_block_types=DOWN, up_block_types=UP, block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2, cross_attention_dim=768, attention_head_dim=8)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512)
+    text = CLIPTextModel(CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=12, num_attention_heads=12,
+        vocab_size=49408, hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407, pad_token_id=1))
+    generator = torch.Generator().manual_seed(seed)
+    unet, vae = (_fill(nn.Module.to(model, dtype).to_empty(device="cpu"), generator) for model in (unet, vae))
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    return _save(path, unet, vae, text.to(dtype), clip_tokenizer(), scheduler)
+
+
+def _fill(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Random weights that keep activations near unit variance; norms become the identity."""
+    for module in model.modules():
+        for name, value in module.named_parameters(recurse=False):
+            if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                nn.init.constant_(value, float(name == "weight"))
+            elif value.ndim < 2:
+                nn.init.zeros_(value)
+            else:
+                value.data.normal_(std=1 / math.sqrt(value[0].numel()), generator=generator)
+    return model
+
+
+def _vae() -> AutoencoderKL:
+    vae = AutoencoderKL(
+        sample_size=64, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4)
+    with torch.no_grad():  # a fresh decoder gives little contrast
+        vae.decoder.conv_out.weight *= 2
+    return vae
+
+
+def _text(width: int, layers: int, act: str) -> CLIPTextModel:
+    size = len(_tokenizer(pad=EOS))
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=4, hidden_act=act, initializer_factor=4.0, bos_token_id=size - 2, eos_token_id=size - 1,
+        pad_token_id=1, projection_dim=width, max_position_embeddings=77))
+
+
+def _tokenizer(pad: str) -> CLIPTokenizer:
+    """Byte-level BPE in CLIP's order (bytes, bytes that end a word, merges, start, end): any text tokenises."""
+    symbols = [chr(c) for a, b in (("!", "~"), ("¡", "¬"), ("®", "ÿ")) for c in range(ord(a), ord(b) + 1)]
+    symbols += [chr(256 + n) for n in range(256 - len(symbols))]
+    words = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in MERGES] + [BOS, EOS]
+    return CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=MERGES, pad_token=pad,
+                         model_max_length=77)
+
+
+def _save(path: str | Path, unet: nn.Module, vae: nn.Module, text: nn.Module, tokenizer: CLIPTokenizer,
+          scheduler: PNDMScheduler | DDIMScheduler) -> Path:
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False).save_pretrained(path)
+    return Path(path)
