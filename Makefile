@@ -30,7 +30,7 @@ help: ## list the targets
 # The prompt travels as an environment variable, so that quotes and dollar signs reach the model as they were typed.
 demo: export DEMO_PROMPT = $(value PROMPT)
 demo: $(BUNDLE)/manifest.json
-	@$(PY) -m runtime $(BUNDLE) "$$DEMO_PROMPT" -o build/demo.png
+	@$(PY) -m runtime $(BUNDLE) "$$DEMO_PROMPT" -o build/demo.png --force
 
 test: .venv/.installed
 	@$(PY) -m pytest $(ARGS)
@@ -50,8 +50,7 @@ distclean: clean
 	rm -rf .venv
 
 $(BUNDLE)/manifest.json: .venv/.installed $(BUNDLE_SOURCES)
-	@rm -rf $(BUNDLE)
-	@$(PY) -m export models/shapes -o $(BUNDLE)
+	@$(PY) -m export models/shapes -o $(BUNDLE) $(if $(wildcard $@),--force)
 
 .venv/.installed: pyproject.toml setup.py $(CONSTRAINTS)
 	@if ! $(PIP) --version >/dev/null 2>&1; then \

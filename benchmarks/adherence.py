@@ -1,8 +1,8 @@
 """Does a picture show what its caption asks for? A judge for the scenes of `models.scenes`, by plain image processing.
 
 The background is read off the picture's frame. What differs from it falls into connected regions, and each region is
-measured: its colour is the median of its inner pixels, its shape the template that overlaps it best, its size the radius of
-that template. A picture passes when the regions are exactly the objects asked for, related as asked.
+measured: its colour is the median of its inner pixels, its shape the template that overlaps it best, its size the
+radius of that template. A picture passes when the regions are exactly the objects asked for, related as asked.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from models.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, RADII, SHAPES, Object, Scene, coverage
 
-COLOUR_TOLERANCE = 60.0  # RGB distance to a named colour; the closest two named colours are further than twice this apart
+COLOUR_TOLERANCE = 60.0  # RGB distance to the nearest named colour; two named colours are never closer than 75
 FOREGROUND = 45.0  # RGB distance from the background at which a pixel belongs to an object
 SMALLEST_REGION = 10  # pixels; less is noise, and the smallest object drawn covers more than 40
 LEAST_OVERLAP = 0.80  # intersection over union with the best template
@@ -60,7 +60,7 @@ def check(image: np.ndarray, scene: Scene) -> Verdict:
         background where one is named. The problems are those of the best assignment of regions to objects.
     """
     background, found = find(image)
-    problems = []
+    problems: list[str] = []
     if scene.background not in (None, background):
         problems.append(f"background is {background or 'no known colour'}, not {scene.background}")
     if background is None and scene.background is None:
@@ -69,7 +69,9 @@ def check(image: np.ndarray, scene: Scene) -> Verdict:
         seen = ", ".join(map(str, found)) or "nothing"
         problems.append(f"{len(found)} objects instead of {len(scene.objects)}: {seen}")
     else:
-        problems += min((list(_compare(scene, order)) for order in permutations(found)), key=len)
+        assignments = [list(_compare(scene, order)) for order in permutations(found)]
+        best: list[str] = min(assignments, key=len)
+        problems += best
     return Verdict(not problems, problems)
 
 

@@ -38,18 +38,22 @@ def lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def publish(path: Path, force: bool = False) -> Iterator[Path]:
+def publish(path: Path, force: bool = False, marker: str | None = None) -> Iterator[Path]:
     """Yield an empty temporary directory that becomes `path` when the block ends without an exception.
 
     On any exception (Ctrl-C and a full disk included) the temporary directory goes and what was at `path` stays.
-    What a killed writer left behind is removed. Raises EngineError where `path` exists and `force` is false, BusyError
-    where another process is writing it.
+    What a killed writer left behind is removed. Raises BusyError where another process is writing `path`, EngineError
+    where it exists and `force` is false, or where it does not hold a file `marker`: only what this program made is
+    ever replaced.
     """
     path = Path(os.path.abspath(path))
     with lock(path):
         _clear_leftovers(path)
         if path.exists() and not force:
             raise EngineError(f"{path} exists; choose another place or pass --force to replace it")
+        if path.exists() and marker and not (path / marker).is_file():
+            raise EngineError(f"{path} holds no {marker}: this program did not write it and will not replace it; "
+                              "choose another place, or remove it yourself")
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         os.chmod(temporary, 0o755)
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engines.bundle import Bundle, LatentSpec, Manifest, TextSpec, hash_file, hash_files, write_manifest
+from engines.bundle import MANIFEST, Bundle, LatentSpec, Manifest, TextSpec, hash_file, hash_files, write_manifest
 from engines.publish import publish
 from engines.spec import DTYPES
 
@@ -48,7 +48,7 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", f
     if dtype not in ("auto", *DTYPES):
         raise ExportError(f"dtype: got {dtype!r}, expected auto, {', '.join(DTYPES)}")
     dtype = "fp32" if dtype == "auto" else dtype
-    with publish(Path(output), force) as directory:
+    with publish(Path(output), force, marker=MANIFEST) as directory:
         from export.checkpoint import open_checkpoint
         from export.component import COMPONENTS, STAGES, export_component
         from export.tokenizer import save_tokenizer

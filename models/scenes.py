@@ -1,7 +1,7 @@
 """The world of the `shapes` model: coloured objects on a plain background, their captions, and the held-out split.
 
-A `Scene` is what a caption says; what it leaves open (`None`) may be anything in the picture. A scene is a chain: object i
-stands in `relations[i]` to object i + 1. Pixel coordinates run right and down, the origin is the top left corner.
+A `Scene` is what a caption says; what it leaves open (`None`) may be anything in the picture. A scene is a chain:
+object i stands in `relations[i]` to object i + 1. Pixel coordinates run right and down from the top left corner.
 """
 
 import re
@@ -199,7 +199,7 @@ def parse(text: str) -> Scene:
 
 
 def sample_layout(rng: Random, unseen: bool = False) -> Layout:
-    """A random scene with nothing left open, placed. With `unseen` at least one unseen pair is in it, without it none is."""
+    """A random scene with nothing left open, placed. With `unseen` it holds at least one unseen pair, else none."""
     while True:
         count = rng.choices((1, 2, 3), (25, 40, 35))[0]
         pairs = rng.sample([(s, c) for s in SHAPES for c in COLOURS], count)

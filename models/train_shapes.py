@@ -1,17 +1,18 @@
 """Train the `shapes` model: tokenizer, autoencoder, text encoder and UNet, from drawings to a diffusers folder.
 
-Five stages, each resumable from its checkpoint in the work folder:
+Six stages, those that train each resumable from a checkpoint in the work folder:
 
-    vae    AutoencoderKL on drawn scenes; latents are shifted and scaled to unit deviation inside its 1x1 convolutions
+    vae      AutoencoderKL on drawn scenes; latents are shifted and scaled to one deviation in its 1x1 convolutions
     decoder  the autoencoder's decoder alone, from slightly noisy latents, on whole pictures; can run at any later time
-    text   CLIPTextModel under throw-away heads that must read the scene off the caption's tokens; frozen afterwards
-    unet   UNet2DConditionModel, epsilon prediction, on latents encoded once and captions worded anew every time
-    save   the four parts, the UNet with averaged weights, as fp16 safetensors under --out
+    text     CLIPTextModel under throw-away heads that must read the scene off the caption's tokens; frozen afterwards
+    unet     UNet2DConditionModel, epsilon prediction, on latents encoded once and captions worded anew every time
+    save     the four parts, the UNet with averaged weights, as fp16 safetensors under --out
+    judge    tune the guidance on held-out captions, then count on others how many pictures show what is asked for
 
-The UNet's timesteps are drawn in proportion to the weight that min-SNR-5 gives them (arXiv:2303.09556), which leaves the
-loss itself unweighted. On a CPU every worker is a process of one thread that trains on its own and averages its weights
-with the others every few steps (local SGD, arXiv:1805.09767): faster than one process of many threads, and it keeps its
-pace when something else runs on the machine.
+The UNet's timesteps are drawn in proportion to the weight that min-SNR-5 gives them (arXiv:2303.09556), which leaves
+the loss itself unweighted. On a CPU every worker is a process of one thread that trains on its own and averages its
+weights with the others every few steps (local SGD, arXiv:1805.09767): faster than one process of many threads, and it
+keeps its pace when something else runs on the machine.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -32,6 +34,7 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,9 +47,13 @@ from models.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, RADII, RELATIONS, S
 log = logging.getLogger("train_shapes")
 
 TOKENS = 32
-STAGES = ("vae", "decoder", "text", "unet", "save")
+STAGES = ("vae", "decoder", "text", "unet", "save", "judge")
 AVERAGE_EVERY = 8  # steps between two averagings of the workers' weights
-SCALING_FACTOR = 0.18215  # of Stable Diffusion: the raw latents are made to deviate by its inverse
+RAW_DEVIATION = 5.5  # of the autoencoder's latents, about that of Stable Diffusion's
+# What the UNet sees deviates by a half, not by one. These latents are few and high in contrast: at unit deviation
+# objects and background show through the last timestep's noise, and the UNet reads them there, not in the caption.
+LATENT_DEVIATION = 0.5
+SCALING_FACTOR = LATENT_DEVIATION / RAW_DEVIATION
 
 
 # --- the four parts
@@ -59,11 +66,17 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     merges: list[tuple[str, str]] = []
     words = [[*word[:-1], word[-1] + "</w>"] for word in scenes.WORDS]
     while any(len(w) > 1 for w in words):
-        pairs = [p for w in words for p in zip(w, w[1:], strict=False)]
+        pairs = [p for w in words for p in pairwise(w)]
         best = max(sorted(set(pairs)), key=pairs.count)
         merges.append(best)
         words = [_merge(w, best) for w in words]
-    vocab = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    vocab = [
+        *letters,
+        *(c + "</w>" for c in letters),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     (folder / "vocab.json").write_text(json.dumps({v: i for i, v in enumerate(vocab)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     special = {"bos_token": "<|startoftext|>"} | dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
@@ -96,7 +109,7 @@ def build_vae() -> AutoencoderKL:
         sample_size=scenes.IMAGE_SIZE,
         scaling_factor=SCALING_FACTOR,
     )
-    # Start with a deviation of 0.05: at 1 the noise drowns the latents, and colours take ten times as long to get through.
+    # Start with a deviation of 0.05: at 1 the noise drowns the latents, and colours take far longer to get through.
     nn.init.constant_(vae.quant_conv.bias[4:], -6.0)
     return vae
 
@@ -242,7 +255,14 @@ def fit(
         if worker.first and (time.monotonic() - reported > 60 * worker.args.report_minutes or state["progress"] >= 1):
             rate = state["samples"] / state["seconds"]
             loss_now = np.mean(running[-200:])
-            log.info("%s: %d samples, %.0f/s, %.1f min, loss %.5f", name, state["samples"], rate, state["seconds"] / 60, loss_now)
+            log.info(
+                "%s: %d samples, %.0f/s, %.1f min, loss %.5f",
+                name,
+                state["samples"],
+                rate,
+                state["seconds"] / 60,
+                loss_now,
+            )
             saved = {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(saved | {"state": state}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
@@ -285,8 +305,8 @@ def train_vae(worker: Worker) -> None:
         with worker.autocast():
             posterior = vae.encode(x).latent_dist
             out = vae.decode(posterior.sample()).sample.float()
-        # Three of the four channels are led to the picture at quarter size: colours need not be discovered one axis at a
-        # time, and the UNet later paints in a space that looks like what it paints.
+        # Three of the four channels are led to the picture at quarter size: colours need not be discovered one axis
+        # at a time, and the UNet later paints in a space that looks like what it paints.
         small = (posterior.mean[:, :3].float() - nn.functional.avg_pool2d(x, 4)).square().mean()
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         return picture_loss(out, x) + 10 * small + 1e-4 * kl
@@ -317,7 +337,7 @@ def train_decoder(worker: Worker) -> None:
         with worker.autocast():
             with torch.no_grad():
                 z = vae.encode(x).latent_dist.mode()
-                z = z + 0.05 / SCALING_FACTOR * torch.rand(len(z), 1, 1, 1, device=z.device) * torch.randn_like(z)
+                z = z + 0.05 * RAW_DEVIATION * torch.rand(len(z), 1, 1, 1, device=z.device) * torch.randn_like(z)
             out = vae.decode(z).sample.float()
         return picture_loss(out, x)
 
@@ -339,9 +359,11 @@ def train_decoder(worker: Worker) -> None:
 
 
 def draw_small(rng: Random, n: int) -> Tensor:
-    """`n` pictures, float [n, 3, 64, 64] in -1..1, each the one with most small objects, the hard ones, of three scenes."""
+    """Pictures, float [n, 3, 64, 64] in -1..1: of every three scenes the one with most small objects, the hard ones."""
     trios = [[scenes.sample_layout(rng) for _ in range(3)] for _ in range(n)]
-    return to_tensor(scenes.draw([max(t, key=lambda v: sum(o.size == "small" for o in v.scene.objects)) for t in trios]))
+    return to_tensor(
+        scenes.draw([max(t, key=lambda v: sum(o.size == "small" for o in v.scene.objects)) for t in trios])
+    )
 
 
 def picture_loss(out: Tensor, x: Tensor) -> Tensor:
@@ -370,7 +392,7 @@ def normalise_latents(vae: AutoencoderKL, x: Tensor) -> None:
     """Fold a shift and a scale of every latent channel into the 1x1 convolutions on both sides of the latents."""
     z = torch.cat([vae.encode(part).latent_dist.mode() for part in x.split(64)])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
-    gain = 1 / (std * SCALING_FACTOR)
+    gain = RAW_DEVIATION / std
     into, out = vae.quant_conv, vae.post_quant_conv
     into.weight[:4] *= gain[:, None, None, None]
     into.bias[:4] = (into.bias[:4] - mean) * gain
@@ -422,7 +444,7 @@ class ReadingHeads(nn.Module):
             parts = logits.split([*self.SLOT * MAX_OBJECTS, len(BACKGROUNDS) + 1], 1)
             labels = [*slots.flatten(1).T, backgrounds]
             losses += [nn.functional.cross_entropy(p, t.to(p.device)) for p, t in zip(parts, labels, strict=True)]
-        # A noun that comes a second time ("and the red circle is ...") names an object already read: take the first ones.
+        # A noun said again ("and the red circle is ...") names an object already read: take the first ones.
         nouns = torch.isin(ids, noun_ids.to(ids.device))
         order = nouns.cumsum(1) * nouns
         repeated = torch.tensor(["and the" in s.caption for s in told], device=ids.device)
@@ -438,7 +460,7 @@ class ReadingHeads(nn.Module):
 
 
 def scene_labels(told: list[Scene]) -> tuple[Tensor, Tensor]:
-    """Class indices: [n, object, (shape, colour, size, relation to the object before)], absent last; and background [n]."""
+    """Class indices [n, object, (shape, colour, size, relation to the one before)], absent last; background [n]."""
     sizes, relations, grounds = (*RADII, None), (*RELATIONS, None), (*BACKGROUNDS, None)
     slots = torch.tensor([ReadingHeads.OBJECT] * MAX_OBJECTS).repeat(len(told), 1, 1)
     shapes, colours = list(SHAPES), list(COLOURS)
@@ -494,7 +516,7 @@ def train_text(worker: Worker) -> None:
 
 @torch.no_grad()
 def encode_latents(worker: Worker) -> tuple[list[Scene], Tensor]:
-    """This worker's share of the training scenes and their latents, float16 [n, 4, 16, 16] of unit deviation."""
+    """This worker's share of the training scenes and their latents, float16 [n, 4, 16, 16], scaled."""
     vae = AutoencoderKL.from_pretrained(worker.work / "vae").to(worker.device, memory_format=torch.channels_last)
     rng = Random(f"latents {worker.rank}")
     found: list[Scene] = []
@@ -511,10 +533,13 @@ def encode_latents(worker: Worker) -> tuple[list[Scene], Tensor]:
 
 
 def timestep_weights(scheduler: DDIMScheduler) -> Tensor:
-    """The min-SNR-5 weight of every timestep for epsilon prediction, and no less than a twentieth of the largest."""
+    """The min-SNR-5 weight of every timestep for epsilon prediction, at least a twentieth, tilted towards high noise.
+
+    High noise is where the caption is needed: later the picture itself says what is in it.
+    """
     alpha = scheduler.alphas_cumprod
-    snr = alpha / (1 - alpha)
-    return (snr.clamp(max=5) / snr).clamp(min=0.05)
+    snr = LATENT_DEVIATION**2 * alpha / (1 - alpha)
+    return (snr.clamp(max=5) / snr).clamp(min=0.05) * torch.linspace(0.4, 1.6, len(alpha))
 
 
 def train_unet(worker: Worker) -> None:
@@ -557,11 +582,24 @@ def train_unet(worker: Worker) -> None:
         log.info("unet: %.1f %% pass; %s", 100 * np.mean(passed), {n: f"{sum(p)}/{len(p)}" for n, p in counts.items()})
         save_grid(images[:48], worker.work / "unet.png")
 
-    ema = fit(
-        worker, "unet", unet, loss, lr=args.lr, minutes=args.unet_minutes, batch=args.batch, ema_decay=0.98, report=report
+    fit(
+        worker,
+        "unet",
+        unet,
+        loss,
+        lr=args.lr,
+        minutes=args.unet_minutes,
+        batch=args.batch,
+        ema_decay=0.98,
+        report=report,
     )
-    if worker.first:
-        ema.to(memory_format=torch.contiguous_format).save_pretrained(worker.work / "unet")
+
+
+def trained_unet(work: Path) -> UNet2DConditionModel:
+    """The averaged weights of the last checkpoint; training need not have come to its end."""
+    unet = build_unet()
+    unet.load_state_dict(torch.load(work / "unet.pt", map_location="cpu")["ema"])
+    return unet
 
 
 @torch.no_grad()
@@ -616,7 +654,10 @@ def save(work: Path, out: Path, unet: nn.Module) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(work / "tokenizer", temporary / "tokenizer")
     AutoencoderKL.from_pretrained(work / "vae").half().save_pretrained(temporary / "vae")
-    CLIPTextModel.from_pretrained(work / "text_encoder").half().save_pretrained(temporary / "text_encoder")
+    config = json.loads((temporary / "vae" / "config.json").read_text())
+    config.pop("_name_or_path", None)  # where this machine kept it is nobody's business
+    (temporary / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_text_encoder(work / "text_encoder", temporary / "text_encoder")
     half = copy.deepcopy(unet).to("cpu", torch.float16, memory_format=torch.contiguous_format)
     half.save_pretrained(temporary / "unet")
     build_scheduler().save_pretrained(temporary / "scheduler")
@@ -642,6 +683,18 @@ def save(work: Path, out: Path, unet: nn.Module) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def save_text_encoder(source: Path, out: Path) -> None:
+    """Copy a text encoder as fp16, with tensors named and typed as every reader of Stable Diffusion expects them."""
+    encoder = CLIPTextModel.from_pretrained(source).half()
+    encoder.save_pretrained(out)
+    # transformers 5 leaves out the prefix that its predecessors and every published checkpoint have.
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in encoder.state_dict().items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    # transformers loads the config's dtype, diffusers float32; a pipeline loaded without a dtype needs both alike.
+    config = json.loads((out / "config.json").read_text()) | {"dtype": "float32"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def publish_untrained(work: Path) -> None:
     """Give the parts that are not trained yet random weights, so that the folder can be written in its final layout."""
     tokenizer = build_tokenizer(work / "tokenizer")
@@ -653,12 +706,45 @@ def publish_untrained(work: Path) -> None:
         save(work, work / "latest", build_unet())
 
 
+# --- judge
+
+
+def judge(folder: Path, device: torch.device) -> dict[str, float]:
+    """Log the share of held-out captions whose picture passes, at the guidance that does best on others; return it."""
+    tuning, final = scenes.held_out(128, seed=1), scenes.held_out(256, seed=0)
+    rates: dict[float, float] = {}
+    for guidance in (1.5, 2.0, 3.0, 4.0, 5.0, 7.0):
+        rates[guidance] = float(np.mean(passes(folder, tuning, device, guidance)))
+        log.info("judge: guidance %.1f, %.1f %% of %d pass", guidance, 100 * rates[guidance], len(tuning))
+    guidance = max(rates, key=rates.__getitem__)
+    passed = passes(folder, final, device, guidance)
+    unseen = np.array([s.unseen for s in final])
+    result = {
+        "guidance": guidance,
+        "all": passed.mean(),
+        "seen": passed[~unseen].mean(),
+        "unseen": passed[unseen].mean(),
+    }
+    result |= {f"{n} objects": passed[[len(s.objects) == n for s in final]].mean() for n in (1, 2, 3)}
+    result = {name: round(float(value), 4) for name, value in result.items()}
+    log.info("judge: %s", result)
+    return result
+
+
+def passes(folder: Path, told: list[Scene], device: torch.device, guidance: float) -> np.ndarray:
+    images = generate(folder, [s.caption for s in told], device, guidance=guidance)
+    return np.array([check(i, s).ok for i, s in zip(images, told, strict=True)])
+
+
 # --- command line
 
 
-def run(rank: int, stage: str, args: argparse.Namespace) -> None:
+def start_log() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def run(rank: int, stage: str, args: argparse.Namespace) -> None:
+    start_log()
     if args.device == "cpu":
         torch.set_num_threads(1)
     if args.workers > 1:
@@ -681,34 +767,57 @@ def main() -> None:
   python -m models.train_shapes --work /tmp/shapes --stages unet save --unet-minutes 120   train the UNet on for longer
   python -m models.train_shapes --work /tmp/shapes --device cuda --workers 1 --batch 256""",
     )
-    parser.add_argument("--work", required=True, help="folder for checkpoints, picture grids and `latest`, the model so far")
+    parser.add_argument(
+        "--work", required=True, help="folder for checkpoints, picture grids and `latest`, the model so far"
+    )
     parser.add_argument("--out", default="models/shapes", help="where the finished model goes (default: %(default)s)")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="which stages to run (default: all)")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="which stages to run (default: all)"
+    )
     parser.add_argument("--vae-minutes", type=float, default=12, help="time for the autoencoder (default: %(default)s)")
-    parser.add_argument("--decoder-minutes", type=float, default=6, help="time for the decoder alone (default: %(default)s)")
-    parser.add_argument("--text-minutes", type=float, default=4, help="time for the text encoder (default: %(default)s)")
-    parser.add_argument("--unet-minutes", type=float, default=80, help="time for the UNet, earlier runs included (default: %(default)s)")
-    parser.add_argument("--scenes", type=int, default=100_000, help="training scenes encoded for the UNet (default: %(default)s)")
+    parser.add_argument(
+        "--decoder-minutes", type=float, default=6, help="time for the decoder alone (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text-minutes", type=float, default=4, help="time for the text encoder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--unet-minutes", type=float, default=90, help="time for the UNet, earlier runs included (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scenes", type=int, default=100_000, help="training scenes encoded for the UNet (default: %(default)s)"
+    )
     parser.add_argument("--vae-batch", type=int, default=16, help="pictures per step and worker (default: %(default)s)")
-    parser.add_argument("--text-batch", type=int, default=64, help="captions per step and worker (default: %(default)s)")
+    parser.add_argument(
+        "--text-batch", type=int, default=64, help="captions per step and worker (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=32, help="latents per UNet step and worker (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the UNet (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--report-minutes", type=float, default=8, help="between two checkpoints (default: %(default)s)")
-    parser.add_argument("--report-pictures", type=int, default=64, help="held-out captions judged each time (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=29517, help="local port on which workers meet (default: %(default)s)")
+    parser.add_argument(
+        "--report-minutes", type=float, default=8, help="between two checkpoints (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--report-pictures", type=int, default=64, help="held-out captions judged each time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=29517, help="local port on which workers meet (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     args = parser.parse_args()
     if args.device != "cpu" and args.workers != 1:
         parser.error(f"got --workers {args.workers} with --device {args.device}; one device trains with --workers 1")
+    start_log()
     work = Path(args.work)
     publish_untrained(work)
     for stage in STAGES:
         if stage not in args.stages:
             continue
         if stage == "save":
-            save(work, Path(args.out), UNet2DConditionModel.from_pretrained(work / "unet"))
+            save(work, Path(args.out), trained_unet(work))
+        elif stage == "judge":
+            judge(Path(args.out), torch.device(args.device))
         elif args.workers == 1:
             run(0, stage, args)
         else:

@@ -11,6 +11,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, on tensors this small and beside other work, is slower with more
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that needs a download fails at once
 
+SHAPES = Path(__file__).parent.parent / "models" / "shapes"
+
 
 @functools.cache
 def why_no_gpu() -> str | None:
@@ -44,10 +46,13 @@ class Lazy(dict[str, Path]):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Lazy:
-    """Tiny random checkpoints by the name of their builder in tests/tiny.py."""
+    """Tiny random checkpoints by the name of their builder in tests/tiny.py, and the model that ships as "shapes"."""
     from tests import tiny
 
-    return Lazy(lambda name: getattr(tiny, name)(tmp_path_factory.mktemp("checkpoints") / name))
+    def make(name: str) -> Path:
+        return SHAPES if name == "shapes" else getattr(tiny, name)(tmp_path_factory.mktemp("checkpoints") / name)
+
+    return Lazy(make)
 
 
 @pytest.fixture(scope="session")

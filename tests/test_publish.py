@@ -57,6 +57,24 @@ def test_needs_force_to_replace(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_what_this_program_did_not_write_is_not_replaced(tmp_path, kind):
+    """--force with a wrong path must not cost a user his folder."""
+    path = tmp_path / "photos"
+    holder = path if kind == "file" else path / "holiday.jpg"
+    holder.parent.mkdir(exist_ok=True)
+    holder.write_text("mine")
+    refused = pytest.raises(EngineError, match=r"holds no manifest\.json")
+    with refused, publish(path, force=True, marker="manifest.json"):
+        pytest.fail("the block ran")
+    assert holder.read_text() == "mine"
+    if kind == "directory":
+        (path / "manifest.json").write_text("{}")
+        with publish(path, force=True, marker="manifest.json"):
+            pass
+        assert not holder.exists()
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_keeps_what_was_there(tmp_path, error):
     write(tmp_path / "out", "old")
