@@ -7,6 +7,7 @@ rows. Seconds are medians over the rounds; the error is RMS against diffusers in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import time
 import traceback
@@ -78,8 +79,10 @@ class _Worker:
         return self._receive()
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(timeout=10)
         self._process.terminate()
-        self._process.join()
 
     def _receive(self) -> Any:
         try:

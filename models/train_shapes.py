@@ -549,9 +549,9 @@ def train_unet(worker: Worker) -> None:
     encoder = CLIPTextModel.from_pretrained(worker.work / "text_encoder").to(worker.device).requires_grad_(False)
     scheduler = build_scheduler()
     weights = timestep_weights(scheduler)
-    unet = build_unet().to(worker.device, memory_format=torch.channels_last)
+    unet = first_unet(args.start).to(worker.device, memory_format=torch.channels_last)
     if worker.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # half again as fast to train here as torch's fused attention
+        unet.set_attn_processor(AttnProcessor())  # a quarter faster to train here than torch's fused attention
     unet.compile(dynamic=False)
     found, latents = encode_latents(worker)
     epoch: Iterator[int] = iter(())
@@ -593,6 +593,13 @@ def train_unet(worker: Worker) -> None:
         ema_decay=0.98,
         report=report,
     )
+
+
+def first_unet(start: str | None) -> UNet2DConditionModel:
+    """A new UNet, or that of an earlier model to go on from."""
+    if start is None:
+        return build_unet()
+    return UNet2DConditionModel.from_pretrained(start, subfolder="unet", torch_dtype=torch.float32)
 
 
 def trained_unet(work: Path) -> UNet2DConditionModel:
@@ -695,15 +702,22 @@ def save_text_encoder(source: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def publish_untrained(work: Path) -> None:
-    """Give the parts that are not trained yet random weights, so that the folder can be written in its final layout."""
+def publish_untrained(work: Path, start: str | None) -> None:
+    """Give the parts that are not trained yet random weights, so that the folder can be written in its final layout.
+
+    With `start`, the parts that the work folder lacks are those of that earlier model instead.
+    """
     tokenizer = build_tokenizer(work / "tokenizer")
+    if start is not None:
+        for name in ("vae", "text_encoder"):
+            if not (work / name).exists():
+                shutil.copytree(Path(start) / name, work / name)
     if not (work / "vae").exists():
         build_vae().save_pretrained(work / "vae")
     if not (work / "text_encoder").exists():
         build_text_encoder(tokenizer).save_pretrained(work / "text_encoder")
     if not (work / "latest").exists():
-        save(work, work / "latest", build_unet())
+        save(work, work / "latest", first_unet(start))
 
 
 # --- judge
@@ -765,16 +779,18 @@ def main() -> None:
         epilog="""examples:
   python -m models.train_shapes --work /tmp/shapes --out models/shapes
   python -m models.train_shapes --work /tmp/shapes --stages unet save --unet-minutes 120   train the UNet on for longer
+  python -m models.train_shapes --work /tmp/more --start models/shapes --stages unet save judge   in another folder
   python -m models.train_shapes --work /tmp/shapes --device cuda --workers 1 --batch 256""",
     )
     parser.add_argument(
         "--work", required=True, help="folder for checkpoints, picture grids and `latest`, the model so far"
     )
     parser.add_argument("--out", default="models/shapes", help="where the finished model goes (default: %(default)s)")
+    parser.add_argument("--start", metavar="FOLDER", help="go on from an earlier model instead of from nothing")
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="which stages to run (default: all)"
     )
-    parser.add_argument("--vae-minutes", type=float, default=12, help="time for the autoencoder (default: %(default)s)")
+    parser.add_argument("--vae-minutes", type=float, default=20, help="time for the autoencoder (default: %(default)s)")
     parser.add_argument(
         "--decoder-minutes", type=float, default=6, help="time for the decoder alone (default: %(default)s)"
     )
@@ -810,7 +826,7 @@ def main() -> None:
         parser.error(f"got --workers {args.workers} with --device {args.device}; one device trains with --workers 1")
     start_log()
     work = Path(args.work)
-    publish_untrained(work)
+    publish_untrained(work, args.start)
     for stage in STAGES:
         if stage not in args.stages:
             continue
