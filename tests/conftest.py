@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, on tensors this small and beside other work, is slower with more
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that needs a download fails at once
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; the processes tests interrupt inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
 
