@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, on tensors this small and beside other work, is slower with more
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that needs a download fails at once
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; the processes tests interrupt inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; processes that tests start inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
