@@ -564,7 +564,7 @@ def train_unet(worker: Worker) -> None:
             rows = [next(epoch) for _ in range(args.batch)]
         texts = ["" if worker.rng.random() < 0.1 else scenes.training_caption(found[i], worker.rng) for i in rows]
         x = latents[rows].to(worker.device).float()
-        noise = torch.randn_like(x)
+        noise = torch.randn_like(x) + args.noise_offset * torch.randn(*x.shape[:2], 1, 1, device=x.device)
         t = torch.multinomial(weights, args.batch, replacement=True).to(worker.device)
         noisy = scheduler.add_noise(x, noise, t).contiguous(memory_format=torch.channels_last)
         with worker.autocast():
@@ -808,6 +808,13 @@ def main() -> None:
         "--text-batch", type=int, default=64, help="captions per step and worker (default: %(default)s)"
     )
     parser.add_argument("--batch", type=int, default=32, help="latents per UNet step and worker (default: %(default)s)")
+    parser.add_argument(
+        "--noise-offset",
+        type=float,
+        default=0.0,
+        help="deviation of a constant added to the noise of each channel, so that the mean of a picture cannot be read "
+        "through the noise of the last timestep (default: %(default)s)",
+    )
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the UNet (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
