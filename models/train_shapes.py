@@ -811,7 +811,7 @@ def main() -> None:
     parser.add_argument(
         "--noise-offset",
         type=float,
-        default=0.0,
+        default=0.3,
         help="deviation of a constant added to the noise of each channel, so that the mean of a picture cannot be read "
         "through the noise of the last timestep (default: %(default)s)",
     )
