@@ -20,7 +20,7 @@ SMALLEST_REGION = 10  # pixels; less is noise, and the smallest object drawn cov
 LEAST_OVERLAP = 0.80  # intersection over union with the best template
 LEAST_PURITY = 0.85  # share of a region's inner pixels that have its colour
 LEAST_DISTANCE = 4.0  # pixels between two centres along the axis of a relation
-SIZE_LIMIT = (RADII["small"][1] + RADII["large"][0]) / 2
+SIZE_LIMIT = (RADII["small"] + RADII["large"]) / 2
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from random import Random
 
 import numpy as np
@@ -30,7 +31,7 @@ BACKGROUNDS = {
     "navy": (15, 20, 85),
     "brown": (95, 60, 30),
 }
-RADII = {"small": (5.4, 6.2), "large": (9.0, 9.8)}
+RADII = {"small": 6.4, "large": 9.6}  # pixels
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(INVERSE)
 UNSEEN_PAIRS = frozenset(
@@ -47,7 +48,7 @@ UNSEEN_PAIRS = frozenset(
 IMAGE_SIZE = 64
 MAX_OBJECTS = 3
 _EXTENT = 1.2  # no shape reaches further than this many radii from its centre
-_GAP = 2.0  # pixels between the extents of two objects, and between an extent and the picture's edge
+_GAP = 1.0  # pixels between the extents of two objects
 _WINDOW = 28  # pixels square, enough for the largest object
 _HELD_OUT_EVERY = 10  # one caption meaning in ten is kept out of training
 
@@ -223,10 +224,17 @@ def describe(scene: Scene, rng: Random) -> Scene:
     return replace(told, caption=caption(told, rng))
 
 
-def training_caption(scene: Scene, rng: Random) -> str:
-    """A wording of a seen scene that training may meet, or "" in the rare case that chance offers none."""
+def training_caption(scene: Scene, rng: Random, open_share: float = 1.0) -> str:
+    """A wording of a seen scene that training may meet, or "" in the rare case that chance offers none.
+
+    open_share: how many captions may leave something open, as `describe` does; the others tell the whole scene.
+    """
     for _ in range(8):
-        told = describe(scene, rng)
+        if rng.random() < open_share:
+            told = describe(scene, rng)
+        else:
+            told = scene.reversed() if rng.random() < 0.5 else scene
+            told = replace(told, caption=caption(told, rng))
         if not told.held_out:
             return told.caption
     return ""
@@ -244,27 +252,49 @@ def held_out(n: int = 256, seed: int = 0) -> list[Scene]:
 
 
 def place(scene: Scene, rng: Random, tries: int = 400) -> Layout | None:
-    """Random radii and centres that fit a scene, or None where `tries` did not find any.
+    """Sizes and centres that fit a scene, chosen at random, or None where `tries` did not find any.
 
-    Objects keep clear of each other and of the edge; a relation holds along the longer of the two distances.
+    Objects keep clear of each other, and a relation holds along the longer of the two distances. The relations say
+    roughly where in the picture each object belongs; it stands within a few pixels of there, on the grid of 4 pixels
+    that the autoencoder's latents have, so that an object looks alike wherever it stands.
     """
+    spots = _spots([r or rng.choice(RELATIONS) for r in scene.relations])
     for _ in range(tries):
-        sizes = [o.size or rng.choice(("small", "large")) for o in scene.objects]
-        radii = [rng.uniform(*RADII[s]) for s in sizes]
-        centres: list[tuple[float, float]] = []
-        for i, r in enumerate(radii):
-            edge = r * _EXTENT + _GAP
-            x, y = rng.uniform(edge, IMAGE_SIZE - edge), rng.uniform(edge, IMAGE_SIZE - edge)
-            apart = all(
-                (x - u) ** 2 + (y - v) ** 2 >= ((r + q) * _EXTENT + _GAP) ** 2
-                for (u, v), q in zip(centres, radii, strict=False)
-            )
-            if not apart or (i and not _related(scene.relations[i - 1], centres[-1], (x, y))):
-                break
-            centres.append((x, y))
-        else:
+        radii = [RADII[o.size or rng.choice(tuple(RADII))] for o in scene.objects]
+        centres = [(float(rng.choice(xs)), float(rng.choice(ys))) for xs, ys in spots]
+        apart = all(
+            np.hypot(x - u, y - v) >= (r + q) * _EXTENT + _GAP
+            for ((x, y), r), ((u, v), q) in combinations(zip(centres, radii, strict=True), 2)
+        )
+        if apart and all(map(_related, scene.relations, centres, centres[1:])):
             return Layout(scene, tuple(radii), tuple(centres))
     return None
+
+
+_MIDDLE, _LOW, _HIGH = (28, 32, 36), (16, 20), (44, 48)
+_STEP = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
+_Spot = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _spots(relations: Sequence[str]) -> list[_Spot]:
+    """The x and y coordinates that each object of a chain may take."""
+    if len(relations) == 2 and relations[0] == relations[1]:  # three in a row, which only fit as a flat V
+        along, across = ((12,), (32,), (52,)), ((20, 24, 28), (36, 40), (20, 24, 28))
+        steps = _STEP[relations[0]]
+        along = along if sum(steps) > 0 else along[::-1]
+        return list(zip(along, across, strict=True) if steps[0] else zip(across, along, strict=True))
+    places = [(0, 0)]
+    for x, y in (_STEP[r] for r in relations):
+        places.append((places[-1][0] + x, places[-1][1] + y))
+    if len(places) == 3 and places[0] == places[2]:  # there and back: the two ends stand side by side
+        x, y = _STEP[relations[0]]
+        places = [(-abs(y), -abs(x)), (2 * x, 2 * y), (abs(y), abs(x))]
+    return [(_range(x, [p[0] for p in places]), _range(y, [p[1] for p in places])) for x, y in places]
+
+
+def _range(value: int, values: list[int]) -> tuple[int, ...]:
+    middle = (min(values) + max(values)) / 2
+    return _MIDDLE if value == middle else _LOW if value < middle else _HIGH
 
 
 def _related(relation: str | None, a: tuple[float, float], b: tuple[float, float]) -> bool:

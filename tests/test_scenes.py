@@ -1,5 +1,6 @@
 """The scenes: captions say what was drawn, drawings keep their distances, and the held-out split holds."""
 
+from itertools import product
 from random import Random
 
 import numpy as np
@@ -9,6 +10,7 @@ from models.scenes import (
     BACKGROUNDS,
     COLOURS,
     IMAGE_SIZE,
+    RADII,
     RELATIONS,
     SHAPES,
     UNSEEN_PAIRS,
@@ -108,6 +110,26 @@ def test_objects_stand_where_the_relation_says(relation: str) -> None:
         holds = {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}
         assert holds[relation]
         assert np.hypot(ax - bx, ay - by) > sum(layout.radii) + 2
+
+
+@pytest.mark.parametrize("second", RELATIONS)
+@pytest.mark.parametrize("first", RELATIONS)
+def test_three_objects_fit_in_every_chain_and_size(first: str, second: str) -> None:
+    for sizes in product(RADII, repeat=3):
+        objects = tuple(Object("circle", c, s) for c, s in zip(("red", "green", "blue"), sizes, strict=True))
+        layouts = [place(Scene(objects, (first, second), "black"), Random(i)) for i in range(10)]
+        for layout in layouts:
+            assert layout is not None
+            image = draw([layout])[0]
+            frame = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+            assert (frame == BACKGROUNDS["black"]).all()
+        assert len({layout.centres for layout in layouts if layout}) > 1
+
+
+def test_objects_stand_on_the_grid_of_the_latents() -> None:
+    rng = Random(8)
+    centres = [c for _ in range(500) for c in sample_layout(rng).centres]
+    assert all(x % 4 == 0 and y % 4 == 0 for x, y in centres)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

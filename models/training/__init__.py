@@ -1,0 +1,1 @@
+"""How models/shapes was trained, one stage a file; `python -m models.train_shapes` runs them."""
