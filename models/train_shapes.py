@@ -9,10 +9,10 @@ Six stages, those that train each resumable from a checkpoint in the work folder
     save     the four parts, the UNet with averaged weights, as fp16 safetensors under --out
     judge    tune the guidance on held-out captions, then count on others how many pictures show what is asked for
 
-The UNet's timesteps are drawn in proportion to the weight that min-SNR-5 gives them (arXiv:2303.09556), which leaves
-the loss itself unweighted. On a CPU every worker is a process of one thread that trains on its own and averages its
-weights with the others every few steps (local SGD, arXiv:1805.09767): faster than one process of many threads, and it
-keeps its pace when something else runs on the machine.
+The UNet starts from weights that return its input and know where in the picture they are (models/training/start.py). It
+first reads captions on a blank input, then the noise rises, then the lower timesteps follow. On a CPU every worker is a
+process of one thread that trains on its own and averages its weights with the others every few steps (local SGD,
+arXiv:1805.09767): faster than one process of many threads, and it keeps its pace beside other work.
 """
 
 import argparse
@@ -75,19 +75,19 @@ def main() -> None:
         "--decoder-minutes", type=float, default=6, help="time for the decoder alone (default: %(default)s)"
     )
     parser.add_argument(
-        "--text-minutes", type=float, default=4, help="time for the text encoder (default: %(default)s)"
+        "--text-minutes", type=float, default=6, help="time for the text encoder (default: %(default)s)"
     )
     parser.add_argument(
-        "--unet-minutes", type=float, default=90, help="time for the UNet, earlier runs included (default: %(default)s)"
+        "--unet-minutes", type=float, default=85, help="time for the UNet, earlier runs included (default: %(default)s)"
     )
     parser.add_argument(
-        "--scenes", type=int, default=100_000, help="training scenes encoded for the UNet (default: %(default)s)"
+        "--scenes", type=int, default=60_000, help="training scenes encoded for the UNet (default: %(default)s)"
     )
     parser.add_argument("--vae-batch", type=int, default=16, help="pictures per step and worker (default: %(default)s)")
     parser.add_argument(
         "--text-batch", type=int, default=64, help="captions per step and worker (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=32, help="latents per UNet step and worker (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="latents per UNet step and worker (default: %(default)s)")
     parser.add_argument(
         "--noise-offset",
         type=float,

@@ -21,7 +21,7 @@ from models.training.parts import SCALING_FACTOR, build_scheduler
 from models.training.pictures import draw_scenes, save_grid
 from models.training.text import Tokens
 
-READING, LIFTED = 0.05, 0.12  # shares of the stage: until the first the input is blank, after the second noise is full
+READING, LIFTED = 0.06, 0.14  # shares of the stage: until the first the input is blank, after the second noise is full
 
 
 @torch.no_grad()
