@@ -17,13 +17,14 @@ BUNDLE := build/shapes.bundle
 BUNDLE_SOURCES := $(shell find models/shapes -type f 2>/dev/null) $(shell find export -name '*.py' -o -path '*/configs/*') \
     engines/bundle.py engines/spec.py
 
-.PHONY: help demo test check lint clean distclean
+.PHONY: help demo test check lint native-asan clean distclean
 
 help: ## list the targets
 	@echo 'make demo        draw a picture from a prompt: make demo PROMPT="a small green star above a large pink cross"'
 	@echo 'make test        run all tests; pytest options go into ARGS: make test ARGS="-k imports -x"'
 	@echo 'make check       ruff, mypy and the tests that are not slow'
 	@echo 'make lint        ruff and mypy only'
+	@echo 'make native-asan test the C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make clean       remove what was built; make distclean removes .venv too'
 	@echo 'PYTHON=/path/to/python3 chooses the Python that .venv is made with (3.11 or later)'
 
@@ -42,8 +43,15 @@ lint: .venv/.installed
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 
+# Python is not built with the sanitizer, so its runtime goes first; leaks that it would report are Python's own.
+native-asan: .venv/.installed
+	@cmake -S . -B build/native-asan -DLATENTRT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	@cmake --build build/native-asan --parallel
+	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    LATENTRT_TEST_LIBRARY=build/native-asan/liblatentrt_kernels.so $(PY) -m pytest tests/test_native.py $(ARGS)
+
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
@@ -52,7 +60,7 @@ distclean: clean
 $(BUNDLE)/manifest.json: .venv/.installed $(BUNDLE_SOURCES)
 	@$(PY) -m export models/shapes -o $(BUNDLE) $(if $(wildcard $@),--force)
 
-.venv/.installed: pyproject.toml setup.py $(CONSTRAINTS)
+.venv/.installed: pyproject.toml setup.py CMakeLists.txt $(shell find kernels/csrc -type f 2>/dev/null) $(CONSTRAINTS)
 	@if ! $(PIP) --version >/dev/null 2>&1; then \
 	    for python in $(PYTHON) ''; do \
 	        $${python:-false} -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
@@ -66,6 +74,6 @@ $(BUNDLE)/manifest.json: .venv/.installed $(BUNDLE_SOURCES)
 	    echo "Setting up .venv with $$($$python --version). The first time downloads the packages and takes some minutes."; \
 	    $$python -m venv --clear .venv; \
 	fi
-	@$(PIP) install --constraint $(CONSTRAINTS) setuptools
+	@$(PIP) install --constraint $(CONSTRAINTS) setuptools cmake openvino
 	@$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
 	@touch $@

@@ -1,26 +1,35 @@
-"""`python -m benchmarks {quality,unet}`: what the engines reach, measured side by side in one run."""
+"""`python -m benchmarks {quality,unet,kernels}`: what is reached, measured side by side in one run."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 
-from benchmarks import quality, unet
 from engines import EngineError
 
-COMMANDS = {"quality": quality, "unet": unet}
+COMMANDS = {
+    "quality": "pictures: does each hold what its caption asks for?",
+    "unet": "UNet steps: our engines beside diffusers and OpenVINO's own runtime",
+    "kernels": "kernels: ours, torch's own, torch.compile's and the physical limit",
+}
+"""A module each, imported when it is asked for: kernels are measured on machines that have nothing else installed."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    for name, module in COMMANDS.items():
-        doc = module.__doc__ or ""
-        module.add_arguments(commands.add_parser(name, help=doc.splitlines()[0], description=doc,
-                                                 formatter_class=argparse.RawDescriptionHelpFormatter))
-    args = parser.parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="\n".join(f"  {name:8}  {text}" for name, text in COMMANDS.items()))
+    parser.add_argument("command", choices=COMMANDS, metavar="{" + ",".join(COMMANDS) + "}")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="of the command; try COMMAND --help")
+    chosen = parser.parse_args(argv)
+    module = importlib.import_module(f"benchmarks.{chosen.command}")
+    command = argparse.ArgumentParser(prog=f"python -m benchmarks {chosen.command}", description=module.__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    module.add_arguments(command)
+    args = command.parse_args(chosen.arguments)
     try:
-        return COMMANDS[args.command].run(args)
+        return module.run(args)
     except KeyboardInterrupt:
         return 130
     except (EngineError, ValueError, OSError) as e:

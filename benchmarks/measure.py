@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-LIBRARIES = ("latentrt", "numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers")
+LIBRARIES = ("latentrt", "numpy", "onnxruntime", "openvino", "torch", "triton", "diffusers", "transformers")
 
 
 def machine() -> dict[str, Any]:
@@ -60,6 +60,9 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-                         cwd=Path(__file__).parent)
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
+                             cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return "unknown"
     return run.stdout.strip() or "unknown"

@@ -31,6 +31,10 @@ def why_no_gpu() -> str | None:
     return None if count.value else "needs an NVIDIA GPU: the driver sees none"
 
 
+if why_no_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, and whenever a kernel is decorated
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
         pytest.skip(reason)

@@ -23,8 +23,10 @@ MAY_IMPORT = {
     "runtime": {"engines", "kernels"},
 }
 OURS = {*MAY_IMPORT, "benchmarks", "models", "tests"}
-HEAVY = {"torch", "onnx", "onnxscript", "diffusers", "transformers"}
-VENDORS = {"onnxruntime": "engines/onnxruntime.py", "openvino": "engines/openvino.py"}
+HEAVY = {"torch", "triton", "onnx", "onnxscript", "diffusers", "transformers"}
+VENDORS = {"onnxruntime": "engines/onnxruntime.py", "openvino": "engines/openvino.py", "cuda": "kernels/launch.py"}
+TRITON = {f"kernels/{name}.py" for name in (
+    "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "to_image")}
 SECONDS_TO_IMPORT = 1.0
 
 
@@ -105,8 +107,19 @@ def test_dependency_direction(package):
 
 @pytest.mark.parametrize("package", ["runtime", "engines", "kernels"])
 def test_no_file_loads_a_heavy_package_when_imported(package):
+    """But those of the Triton kernels, which the runtime never imports."""
     files = imports_of_package(package, lazy=False)
-    assert not {file: wrong for file, names in files.items() if (wrong := names & HEAVY)}
+    assert not {file: wrong for file, names in files.items() if file not in TRITON and (wrong := names & HEAVY)}
+
+
+def test_the_runtime_imports_no_triton_kernel():
+    modules = {file.removesuffix(".py").replace("/", ".") for file in TRITON}
+    for file in sorted((ROOT / "runtime").rglob("*.py")) + sorted((ROOT / "engines").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert not {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} & modules, file
+            elif isinstance(node, ast.Import):
+                assert not {alias.name for alias in node.names} & modules, file
 
 
 @pytest.mark.parametrize("vendor", VENDORS)

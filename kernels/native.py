@@ -1,0 +1,243 @@
+"""The C++ kernels for CPUs, on numpy arrays: attention, and group norm with SiLU.
+
+They are in `liblatentrt_kernels.so` beside this file, which installing builds where there are CMake and a C++ compiler
+(`kernels/csrc/latentrt_kernels.h` documents its C interface). Everything else works without it: ask `available()`.
+
+bfloat16 arrays are those of `ml_dtypes`, or uint16 with the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LIBRARY = Path(__file__).parent / "liblatentrt_kernels.so"
+EXTENSION = Path(__file__).parent / "liblatentrt_openvino.so"
+ISAS = ("avx2", "avx512", "amx")
+"""Instruction sets, each a superset of those before it."""
+
+BUILD = ("install CMake 3.25 or later and a C++20 compiler, then run `pip install --force-reinstall --no-deps .` in a "
+         "checkout of latentrt")
+
+_ABI = 1
+_DTYPES = {"float32": 0, "bfloat16": 1, "uint16": 1, "float16": 2}
+
+_Strides = ctypes.c_int64 * 3
+
+
+class NativeError(RuntimeError):
+    """The C++ kernels are missing or cannot run. The message says got / expected / do."""
+
+
+class _AttentionArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("dtype", "isa")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "head_dim")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, _Strides) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
+        ("scale", ctypes.c_float), ("causal", ctypes.c_int), ("threads", ctypes.c_int),
+        ("parallel", ctypes.c_void_p), ("parallel_context", ctypes.c_void_p),
+    ]
+
+
+class _GroupNormArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("dtype", "isa")),
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "positions", "groups")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
+        ("eps", ctypes.c_float), ("silu", ctypes.c_int), ("channels_last", ctypes.c_int), ("threads", ctypes.c_int),
+        ("parallel", ctypes.c_void_p), ("parallel_context", ctypes.c_void_p),
+    ]
+
+
+def available() -> str | None:
+    """None where the kernels can be used, else what to do."""
+    try:
+        isas()
+    except NativeError as e:
+        return str(e)
+    return None
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets of this machine that the kernels know, the best last. Raises NativeError without any."""
+    best = _library(LIBRARY).latentrt_best_isa()
+    if not best:
+        raise NativeError("got a CPU without AVX2, FMA or F16C, expected one with them; use another backend")
+    return ISAS[:best]
+
+
+def openvino_extension() -> Path:
+    """The library that `openvino.Core.add_extension` takes; ops Attention and GroupNormSilu of domain `latentrt`.
+
+    Raises NativeError where it was not built, or was built for another version of OpenVINO.
+    """
+    if not EXTENSION.exists():
+        raise NativeError(f"got no {EXTENSION}, expected the OpenVINO extension; install openvino first, then {BUILD} "
+                          "with --no-build-isolation")
+    isas()
+    return EXTENSION
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | None = None, *,
+              scale: float | None = None, causal: bool = False, threads: int | None = None,
+              isa: str | None = None) -> np.ndarray:
+    """softmax(scale q kᵀ) v for each batch and head; returns `out`, or a new array laid out as q is.
+
+    q, out: [batch, heads, queries, head_dim]; k, v: [batch, heads, keys, head_dim]; all float32 or all bfloat16. Any
+    strides with the last dimension contiguous, so a [batch, tokens, heads, head_dim] array is passed as
+    `x.transpose(0, 2, 1, 3)` and a fused projection as its slices. head_dim: a multiple of 8 up to 1024. out shares no
+    memory with the others. scale: 1 / sqrt(head_dim) unless given. causal: query i sees keys 0 … i. threads: those that
+    the process may run on unless given. isa: one of `isas()`, the best unless given.
+
+    Raises ValueError for arrays it does not take, NativeError where the kernels are missing or fail.
+    """
+    if out is None:
+        out = np.empty_like(q)
+    arrays = {"q": q, "k": k, "v": v, "out": out}
+    _check_attention(arrays)
+    batch, heads, queries, head_dim = q.shape
+    scale = head_dim ** -0.5 if scale is None else scale
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number; pass None for 1 / sqrt(head_dim)")
+    args = _AttentionArgs(dtype=_DTYPES[q.dtype.name], isa=_isa(isa), batch=batch, heads=heads, queries=queries,
+                          keys=k.shape[2], head_dim=head_dim, scale=scale, causal=causal, threads=_threads(threads))
+    for name, array in arrays.items():
+        setattr(args, name, array.ctypes.data)
+        setattr(args, f"{name}_stride", _Strides(*(stride // array.itemsize for stride in array.strides[:3])))
+    _call("latentrt_attention", args)
+    return out
+
+
+def group_norm(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray, out: np.ndarray | None = None, *,
+               eps: float = 1e-5, silu: bool = False, channels_last: bool = False, threads: int | None = None,
+               isa: str | None = None) -> np.ndarray:
+    """Normalise each group of channels over all positions, times weight plus bias, then x · sigmoid(x) if `silu`.
+
+    x, out: [batch, channels, …], or [batch, …, channels] if `channels_last`; C-contiguous; float32, bfloat16 or
+    float16; out may be x. weight, bias: [channels], of any of these dtypes. eps: of the model, 1e-5 or 1e-6 as a rule.
+    Returns `out`, or a new array. threads and isa: as in `attention`.
+
+    Raises ValueError for arrays it does not take, NativeError where the kernels are missing or fail.
+    """
+    if out is None:
+        out = np.empty_like(x)
+    channels, positions = _check_group_norm(x, out, groups, channels_last)
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: got {eps}, expected a finite number that is not negative; 1e-5 is usual")
+    weight, bias = (_parameter(name, a, channels) for name, a in (("weight", weight), ("bias", bias)))
+    _call("latentrt_group_norm", _GroupNormArgs(
+        dtype=_DTYPES[x.dtype.name], isa=_isa(isa), batch=x.shape[0], channels=channels, positions=positions,
+        groups=groups, x=x.ctypes.data, weight=weight.ctypes.data, bias=bias.ctypes.data, out=out.ctypes.data, eps=eps,
+        silu=silu, channels_last=channels_last, threads=_threads(threads)))
+    return out
+
+
+def _check_attention(arrays: Mapping[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        if array.ndim != 4 or 0 in array.shape:
+            raise ValueError(f"{name}: got shape {array.shape}, expected [batch, heads, tokens, head_dim], none of "
+                             "them 0; reshape it")
+        if array.dtype.name not in ("float32", "bfloat16", "uint16"):
+            raise ValueError(f"{name}: got dtype {array.dtype}, expected float32 or bfloat16; convert it")
+        if array.dtype != arrays["q"].dtype:
+            raise ValueError(f"{name}: got dtype {array.dtype}, expected q's {arrays['q'].dtype}; convert one of them")
+        _check_strides(name, array)
+    q, k, out = arrays["q"], arrays["k"], arrays["out"]
+    expected = {"q": q.shape, "k": (*q.shape[:2], k.shape[2], q.shape[3]), "v": k.shape, "out": q.shape}
+    for name, array in arrays.items():
+        if array.shape != expected[name]:
+            raise ValueError(f"{name}: got shape {array.shape}, expected {expected[name]}; repeat heads or reshape")
+    if q.shape[3] % 8 or q.shape[3] > 1024:
+        raise ValueError(f"head_dim: got {q.shape[3]}, expected a multiple of 8 up to 1024; pad q, k and v with zeros "
+                         "and pass the scale of the size before")
+    if not out.flags.writeable:
+        raise ValueError("out: got a read-only array, expected one to write to; pass a copy")
+    if any(np.may_share_memory(out, array) for name, array in arrays.items() if name != "out"):
+        raise ValueError("out: got memory that q, k or v may use too, expected its own; pass np.empty_like(q)")
+
+
+def _check_strides(name: str, array: np.ndarray) -> None:
+    size = array.itemsize
+    if array.strides[3] != size or any(stride % size for stride in array.strides):
+        raise ValueError(f"{name}: got strides {array.strides} bytes, expected the last dimension to be contiguous; "
+                         f"pass np.ascontiguousarray({name})")
+    if array.ctypes.data % size:
+        raise ValueError(f"{name}: got an address that {size} does not divide, expected an aligned array; copy it")
+
+
+def _check_group_norm(x: np.ndarray, out: np.ndarray, groups: int, channels_last: bool) -> tuple[int, int]:
+    """Returns channels and positions."""
+    for name, array in (("x", x), ("out", out)):
+        if array.ndim < 2 or 0 in array.shape:
+            raise ValueError(f"{name}: got shape {array.shape}, expected [batch, channels, …], none of them 0; "
+                             "reshape it")
+        if array.dtype.name not in _DTYPES:
+            raise ValueError(f"{name}: got dtype {array.dtype}, expected float32, bfloat16 or float16; convert it")
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name}: got strides {array.strides}, expected a C-contiguous array; pass "
+                             f"np.ascontiguousarray({name}), or channels_last=True for data that is")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(f"out: got {out.shape} {out.dtype}, expected x's {x.shape} {x.dtype}; pass np.empty_like(x)")
+    if not out.flags.writeable:
+        raise ValueError("out: got a read-only array, expected one to write to; pass a copy")
+    if out.ctypes.data != x.ctypes.data and np.may_share_memory(x, out):
+        raise ValueError("out: got memory that overlaps x, expected x itself or none of it; pass np.empty_like(x)")
+    channels = x.shape[-1 if channels_last else 1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups: got {groups} for {channels} channels, expected a divisor; check channels_last")
+    return channels, x.size // (x.shape[0] * channels)
+
+
+def _parameter(name: str, array: np.ndarray, channels: int) -> np.ndarray:
+    if array.shape != (channels,):
+        raise ValueError(f"{name}: got shape {array.shape}, expected ({channels},), one for each channel; reshape it")
+    if array.dtype.name not in _DTYPES:
+        raise ValueError(f"{name}: got dtype {array.dtype}, expected float32, bfloat16 or float16; convert it")
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return min(len(os.sched_getaffinity(0)), 512)
+    if not 1 <= threads <= 512:
+        raise ValueError(f"threads: got {threads}, expected 1 to 512; pass None for all that the process may run on")
+    return threads
+
+
+def _isa(name: str | None) -> int:
+    if name is None:
+        return 0
+    if name not in isas():
+        raise ValueError(f"isa: got {name!r}, expected one of {', '.join(isas())} on this CPU; pass None for the best")
+    return ISAS.index(name) + 1
+
+
+def _call(function: str, args: ctypes.Structure) -> None:
+    isas()
+    library = _library(LIBRARY)
+    if status := getattr(library, function)(ctypes.byref(args)):
+        raise NativeError(f"{function}: {library.latentrt_status_text(status).decode()}")
+
+
+@functools.cache
+def _library(path: Path) -> Any:
+    if not path.exists():
+        raise NativeError(f"got no {path}, expected the C++ kernels; {BUILD}")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise NativeError(f"{path} does not load: {e}; {BUILD}") from e
+    if (abi := library.latentrt_abi()) != _ABI:
+        raise NativeError(f"{path}: got version {abi} of the interface, expected {_ABI}; {BUILD}")
+    library.latentrt_status_text.restype = ctypes.c_char_p
+    return library

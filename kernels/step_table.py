@@ -1,0 +1,80 @@
+"""A sampler table as `guidance_step` reads it: float32 rows of fixed width. Needs numpy only.
+
+One row, for a memory of S arrays (`width(S)` numbers):
+
+    timestep, input_scale, predict x, predict m, clip, draw, signal, sigma,
+    mix[0, 0 … S+3], …, mix[S, 0 … S+3]
+
+`draw` is −1 where the row takes no noise, else the number of draws before it. The columns of mix are those of
+`runtime.schedulers.Table`: x, p, s1 … sS, noise, m.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+TIMESTEP, INPUT_SCALE, PREDICT_X, PREDICT_M, CLIP, DRAW, SIGNAL, SIGMA, MIX = range(9)
+"""Offsets in a row; the mix follows the scalars."""
+
+MEMORIES = (1, 3, 7)
+"""Arrays of memory that kernels are built for. With the sample they are 2, 4 or 8, what a Triton tile can hold."""
+
+
+class SamplerTable(Protocol):
+    """What is packed; `runtime.schedulers.Table` is one."""
+
+    @property
+    def timesteps(self) -> np.ndarray: ...
+    @property
+    def input_scale(self) -> np.ndarray: ...
+    @property
+    def predict(self) -> np.ndarray: ...
+    @property
+    def clip(self) -> np.ndarray: ...
+    @property
+    def mix(self) -> np.ndarray: ...
+    @property
+    def draws(self) -> np.ndarray: ...
+    @property
+    def signal(self) -> np.ndarray: ...
+    @property
+    def sigma(self) -> np.ndarray: ...
+
+
+def width(memory: int) -> int:
+    """Numbers in one row of a table for `memory` arrays of memory."""
+    return MIX + (1 + memory) * (memory + 4)
+
+
+def fitting_memory(slots: int) -> int:
+    """The smallest of `MEMORIES` that holds `slots` arrays. Raises ValueError where none does."""
+    for memory in MEMORIES:
+        if slots <= memory:
+            return memory
+    raise ValueError(f"sampler table: got {slots} arrays of memory, expected at most {MEMORIES[-1]}; "
+                     "use a solver of lower order")
+
+
+def pack(table: SamplerTable, memory: int, rows: int = 0) -> np.ndarray:
+    """`table` as float32 [max(rows, its own), width(memory)].
+
+    memory: arrays of memory of the batch; the ones that the solver does not have stay zero. rows: rows of the batch's
+    device table; the ones after the last are zero and never run. Raises ValueError for a solver with more memory.
+    """
+    n, states = table.mix.shape[:2]
+    slots = states - 1
+    if slots > memory:
+        raise ValueError(f"sampler table: got {slots} arrays of memory, expected at most {memory}; give the batch the "
+                         f"memory of its largest table, {fitting_memory(slots)} (fitting_memory)")
+    packed = np.zeros((max(n, rows), width(memory)), np.float32)
+    used = packed[:n]
+    draws = np.where(table.draws, np.cumsum(table.draws) - 1, -1)
+    columns = (table.timesteps, table.input_scale, table.predict[:, 0], table.predict[:, 1], table.clip, draws,
+               table.signal, table.sigma)
+    used[:, :MIX] = np.stack(columns, axis=1)
+    mix = used[:, MIX:].reshape(n, 1 + memory, memory + 4)
+    mix[:, :states, :2 + slots] = table.mix[:, :, :2 + slots]
+    mix[:, :states, -2:] = table.mix[:, :, -2:]
+    return packed
