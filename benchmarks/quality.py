@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--scheduler", default="ddim")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--captions", type=int, default=256, metavar="N", help="how many (default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images denoised together (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and every verdict")
