@@ -10,7 +10,7 @@ Six stages, those that train each resumable from a checkpoint in the work folder
     judge    tune the guidance on held-out captions, then count on others how many pictures show what is asked for
 
 The UNet starts from weights that return its input and know where in the picture they are (models/training/start.py). It
-first reads captions on a blank input, then the noise rises, then the lower timesteps follow. On a CPU every worker is a
+first reads captions on a blank input, then the noise rises, then all timesteps take part. On a CPU every worker is a
 process of one thread that trains on its own and averages its weights with the others every few steps (local SGD,
 arXiv:1805.09767): faster than one process of many threads, and it keeps its pace beside other work.
 """

@@ -1,5 +1,6 @@
 """The training of models/shapes: the UNet's first weights, the loss, and what the text encoder must paint."""
 
+import copy
 from random import Random
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from models import scenes
 from models.scenes import Layout, Object, Scene
+from models.training.optimizer import MuonAndAdamW
 from models.training.parts import build_tokenizer, build_unet
 from models.training.text import PaintingHead, Tokens, cell_labels
 from models.training.unet import LevelledLoss
@@ -66,6 +68,46 @@ def test_every_band_of_timesteps_has_the_same_say() -> None:
     losses = [float(levelled(torch.full_like(noise, 10.0**-i), noise, torch.full((64,), 250 * i + 25)))
               for i in range(4)]
     assert losses == pytest.approx([losses[0]] * 4, rel=0.05)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_muon_steps_a_convolution_by_an_orthogonal_matrix_adamw_the_rest(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(16, 12, 3).to(memory_format=memory_format)
+    before = {name: p.detach().clone() for name, p in conv.named_parameters()}
+    x = torch.randn(4, 16, 8, 8)
+    optimizer = MuonAndAdamW(list(conv.parameters()), lr=0.01, weight_decay=0.0)
+    conv(x).square().mean().backward()
+    gradient = conv.weight.grad.clone()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert conv.weight.grad is None and conv.bias.grad is None
+    change = (before["weight"] - conv.weight.detach()).flatten(1)
+    singular = torch.linalg.svdvals(change) / (0.01 * 0.2 * (16 * 9) ** 0.5)
+    assert singular.min() > 0.6 and singular.max() < 1.3  # Newton-Schulz's five steps come as near to 1 as this
+    left, _, right = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(change.flatten(), (left @ right).flatten(), dim=0)
+    assert cosine > 0.95
+    assert torch.allclose((before["bias"] - conv.bias.detach()).abs(), torch.tensor(0.01), rtol=1e-3)
+
+
+def test_an_optimizer_goes_on_from_its_state() -> None:
+    def trained(steps: int, state: dict | None = None, weights: dict | None = None) -> tuple[dict, dict]:
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        optimizer = MuonAndAdamW(list(module.parameters()), lr=0.01)
+        if state and weights:
+            module.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+        for _ in range(steps):
+            module(torch.ones(2, 16)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return copy.deepcopy(optimizer.state_dict()), copy.deepcopy(module.state_dict())
+
+    _, through = trained(6)
+    _, resumed = trained(3, *trained(3))
+    assert all(torch.equal(through[name], resumed[name]) for name in through)
 
 
 def test_tokens_are_those_of_the_tokenizer(tmp_path) -> None:

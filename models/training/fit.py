@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.training.optimizer import MuonAndAdamW
+
 log = logging.getLogger("train_shapes")
 
 AVERAGE_EVERY = 8  # steps between two averagings of the workers' weights
@@ -58,6 +60,7 @@ def fit(
     minutes: float,
     batch: int,
     ema_decay: float = 0.0,
+    muon: bool = False,
     report: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Minimise `loss` over a stage's minutes; go on from its checkpoint if there is one.
@@ -65,6 +68,7 @@ def fit(
     Args:
         loss: draws a batch and returns its mean loss; told how much of the stage is done, 0 to 1.
         ema_decay: of the averaged weights, per averaging of the workers; 0 returns the last weights.
+        muon: use MuonAndAdamW instead of AdamW.
         report: called with the averaged weights by the first worker every --report-minutes.
 
     Returns:
@@ -73,7 +77,7 @@ def fit(
     path = worker.work / f"{name}.pt"
     state = {"progress": 0.0, "seconds": 0.0, "samples": 0}
     params = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = MuonAndAdamW(params, lr) if muon else torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(module).requires_grad_(False)
     ema_params = [e for e, p in zip(ema.parameters(), module.parameters(), strict=True) if p.requires_grad]
     if path.exists():

@@ -22,6 +22,7 @@ from models.training.pictures import draw_scenes, save_grid
 from models.training.text import Tokens
 
 READING, LIFTED = 0.06, 0.14  # shares of the stage: until the first the input is blank, after the second noise is full
+DETAILS = slice(100, 700)  # the timesteps at which shapes are decided, drawn more often than the others
 
 
 @torch.no_grad()
@@ -75,6 +76,8 @@ def train_unet(worker: Worker) -> None:
     encoder = CLIPTextModel.from_pretrained(worker.work / "text_encoder").to(worker.device).requires_grad_(False)
     scheduler = build_scheduler()
     timesteps = scheduler.config.num_train_timesteps
+    odds = torch.full((timesteps,), 0.4)
+    odds[DETAILS] = 1
     levelled = LevelledLoss(timesteps, worker.device)
     unet = first_unet(args.start).to(worker.device, memory_format=torch.channels_last)
     if worker.device.type == "cpu":
@@ -89,8 +92,8 @@ def train_unet(worker: Worker) -> None:
             epoch = iter(worker.rng.sample(range(len(found)), len(found)))
             rows = [next(epoch) for _ in range(args.batch)]
         # First captions that leave nothing open, on a blank input: what remains of the loss is reading. Then the noise
-        # rises, and once it is full the lower timesteps follow.
-        lift = min(max((progress - READING) / (LIFTED - READING), 0.0), 1.0)
+        # rises, and once it is full all timesteps take part. A model to go on from has done that.
+        lift = 1.0 if args.start else min(max((progress - READING) / (LIFTED - READING), 0.0), 1.0)
         full = lift == 1.0
         open_share = 0.5 if full else 0.0
         texts = [
@@ -100,7 +103,6 @@ def train_unet(worker: Worker) -> None:
         x = latents[rows].to(worker.device).float()
         noise = torch.randn_like(x) + args.noise_offset * torch.randn(*x.shape[:2], 1, 1, device=x.device)
         lowest = 0 if full else 800
-        odds = torch.linspace(1 / timesteps, 1, timesteps) ** (2 * (1 - progress))
         t = lowest + torch.multinomial(odds[lowest:], args.batch, replacement=True).to(worker.device)
         amplitude = 1.0 if full else lift * torch.rand(args.batch, 1, 1, 1, device=x.device)
         noisy = scheduler.add_noise(x, noise, t)
@@ -130,5 +132,6 @@ def train_unet(worker: Worker) -> None:
         minutes=args.unet_minutes,
         batch=args.batch,
         ema_decay=0.98,
+        muon=True,
         report=report,
     )
