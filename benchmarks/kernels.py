@@ -17,7 +17,9 @@ kernel is not timed, and the exit status is 1.
 
 On a GPU each contender is a CUDA graph of calls on inputs of their own, together three times the L2 cache or 64 calls,
 replayed after other memory has filled the cache: inputs come from memory, and launches cost what they cost in a graph.
-On a CPU a sample is one call.
+On a CPU a sample is the mean of calls one after the other, at least 3 ms of them and one before that does not count: as
+in a network, where one library's ops follow each other. It starts when the threads of the contender before have gone to
+sleep; OpenMP's keep a core busy for some milliseconds after each op.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ DTYPES = {"cpu": ("bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
 ISAS = ("avx2", "avx512", "amx")
 PEER_RMS = 0.05
 """A peer whose result is further from the truth than this, RMS over RMS, computes something else."""
+
+CPU_SAMPLE = 0.003  # seconds of calls in a sample on a CPU
+OTHERS_ASLEEP = 0.03  # seconds after which no library's threads still wait for work on a core
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -223,12 +228,19 @@ def _sampler(contender: Contender, device: str) -> Callable[[], float]:
 
 
 def _sampler_on_cpu(contender: Contender) -> Callable[[], float]:
-    contender.run(*contender.inputs)
+    def seconds(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            contender.run(*contender.inputs)
+        return (time.perf_counter() - start) / calls
+
+    seconds(1)
+    calls = math.ceil(CPU_SAMPLE / seconds(1))
 
     def sample() -> float:
-        start = time.perf_counter()
-        contender.run(*contender.inputs)
-        return time.perf_counter() - start
+        time.sleep(OTHERS_ASLEEP)
+        seconds(1)
+        return seconds(calls)
     return sample
 
 

@@ -81,13 +81,13 @@ def main() -> None:
         "--unet-minutes", type=float, default=85, help="time for the UNet, earlier runs included (default: %(default)s)"
     )
     parser.add_argument(
-        "--scenes", type=int, default=60_000, help="training scenes encoded for the UNet (default: %(default)s)"
+        "--scenes", type=int, default=80_000, help="training scenes encoded for the UNet (default: %(default)s)"
     )
     parser.add_argument("--vae-batch", type=int, default=16, help="pictures per step and worker (default: %(default)s)")
     parser.add_argument(
         "--text-batch", type=int, default=64, help="captions per step and worker (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=16, help="latents per UNet step and worker (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="latents per UNet step and worker (default: %(default)s)")
     parser.add_argument(
         "--noise-offset",
         type=float,
@@ -95,7 +95,7 @@ def main() -> None:
         help="deviation of a constant added to the noise of each channel, so that the mean of a picture cannot be read "
         "through the noise of the last timestep (default: %(default)s)",
     )
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the UNet (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="peak learning rate of the UNet (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(

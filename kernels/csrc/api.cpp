@@ -116,10 +116,14 @@ int attention(const latentrt_attention_args& args, int isa) {
     return LATENTRT_OK;
 }
 
-// Positions of a block: few enough that a block stays in the first cache between the two passes over it.
+// Positions of a block: as many as make the merging of its channels cheap, few enough to share out.
 int64_t rows_of_block(const latentrt_group_norm_args& args) {
-    const int64_t rows = 16384 / args.channels;
+    const int64_t rows = 65536 / args.channels;
     return rows < 1 ? 1 : rows > args.positions ? args.positions : rows;
+}
+
+const GroupNormKernel& group_norm_kernel(int isa) {
+    return isa == LATENTRT_ISA_AMX ? kGroupNormAmx : isa == LATENTRT_ISA_AVX2 ? kGroupNormAvx2 : kGroupNormAvx512;
 }
 
 int group_norm_channels_last(const latentrt_group_norm_args& args, const GroupNormKernel& kernel) {
@@ -143,7 +147,7 @@ int group_norm_channels_last(const latentrt_group_norm_args& args, const GroupNo
 }
 
 int group_norm(const latentrt_group_norm_args& args, int isa) {
-    const GroupNormKernel& kernel = isa == LATENTRT_ISA_AVX2 ? kGroupNormAvx2 : kGroupNormAvx512;
+    const GroupNormKernel& kernel = group_norm_kernel(isa);
     if (args.channels_last) return group_norm_channels_last(args, kernel);
     const int64_t units = args.batch * args.groups;
     const int parts = clamp_threads(args, units);

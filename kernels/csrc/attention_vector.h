@@ -17,7 +17,6 @@ using latentrt::align64;
 
 constexpr int64_t kBlockKeys = 96;
 constexpr int64_t kBlockRows = 64;
-constexpr int kW = Vector::kWidth;
 constexpr int kR = Vector::kRows;
 constexpr float kLog2e = 1.44269504088896340736f;
 static_assert(kBlockRows % latentrt::kUnitRows == 0 && latentrt::kUnitRows % kR == 0 && kBlockKeys % kW == 0);

@@ -40,6 +40,6 @@ struct GroupNormKernel {
 void merge_moments(const latentrt_group_norm_args& args, int64_t block_rows, const Moments* partial, float* factors);
 
 extern const AttentionKernel kAttentionAmx, kAttentionAvx512, kAttentionAvx2;
-extern const GroupNormKernel kGroupNormAvx512, kGroupNormAvx2;
+extern const GroupNormKernel kGroupNormAmx, kGroupNormAvx512, kGroupNormAvx2;
 
 } // namespace latentrt

@@ -10,6 +10,7 @@ namespace {
 
 struct Vector {
     static constexpr int kWidth = 8;
+    static constexpr bool kScalesByAny = false;
     static constexpr int kRows = 4; // rows of a tile of the matrix product: 4 x 3 accumulators of 16 registers
     using Reg = __m256;
     struct Mask {
@@ -59,6 +60,7 @@ struct Vector {
 
     struct Bf16 {
         using Type = uint16_t;
+        static constexpr int kBits = 8; // of precision
         static Reg widen(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
         static __m128i narrow(Reg x) {
             const __m256i bits = _mm256_castps_si256(x);
@@ -73,6 +75,7 @@ struct Vector {
     };
     struct Fp16 {
         using Type = uint16_t;
+        static constexpr int kBits = 11;
         static Reg widen(__m128i x) { return _mm256_cvtph_ps(x); }
         static __m128i narrow(Reg x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     };
@@ -111,5 +114,7 @@ struct Vector {
         else _mm_storeu_si128(reinterpret_cast<__m128i*>(p), T::narrow(x));
     }
 };
+
+constexpr int kW = Vector::kWidth;
 
 } // namespace

@@ -1,4 +1,4 @@
-// Sixteen floats: AVX-512 F, BW, DQ and VL.
+// Sixteen floats: AVX-512 F, BW, DQ and VL, and BF16 where the including file is compiled for it.
 #pragma once
 
 #include <immintrin.h>
@@ -9,6 +9,7 @@ namespace {
 
 struct Vector {
     static constexpr int kWidth = 16;
+    static constexpr bool kScalesByAny = true; // scale_by_power_of_two over- and underflows as numbers do
     static constexpr int kRows = 8; // rows of a tile of the matrix product: 8 x 3 accumulators of 32 registers
     using Reg = __m512;
     using Mask = __mmask16;
@@ -41,7 +42,11 @@ struct Vector {
 
     struct Bf16 {
         using Type = uint16_t;
+        static constexpr int kBits = 8; // of precision
         static Reg widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+#ifdef __AVX512BF16__
+        static __m256i narrow(Reg x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
+#else
         // To nearest even. Of numbers that are none it takes those that bfloat16 inputs lead to: low bits are zero.
         static __m256i narrow(Reg x) {
             const __m512i bits = _mm512_castps_si512(x);
@@ -49,9 +54,11 @@ struct Vector {
             const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
             return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
         }
+#endif
     };
     struct Fp16 {
         using Type = uint16_t;
+        static constexpr int kBits = 11;
         static Reg widen(__m256i x) { return _mm512_cvtph_ps(x); }
         static __m256i narrow(Reg x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     };
@@ -80,5 +87,7 @@ struct Vector {
         else _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), T::narrow(x));
     }
 };
+
+constexpr int kW = Vector::kWidth;
 
 } // namespace

@@ -23,7 +23,7 @@ def generate(
     device: torch.device,
     unet: nn.Module | None = None,
     *,
-    guidance: float = 4.0,
+    guidance: float = 2.0,
     steps: int = 20,
     seed: int = 0,
     batch: int = 32,

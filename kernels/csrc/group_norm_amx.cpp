@@ -1,0 +1,10 @@
+// Group norm for CPUs with AMX: AVX-512 with its instruction that rounds to bfloat16.
+#include "vector_avx512.h"
+
+#include "group_norm_vector.h"
+
+namespace latentrt {
+
+const GroupNormKernel kGroupNormAmx = {group_norm_channels_first, group_norm_statistics, group_norm_apply};
+
+} // namespace latentrt
