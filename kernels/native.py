@@ -30,6 +30,8 @@ _ABI = 1
 _DTYPES = {"float32": 0, "bfloat16": 1, "uint16": 1, "float16": 2}
 
 _Strides = ctypes.c_int64 * 3
+_Layout = tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]]
+"""dtype, shape and strides of an array, in bytes."""
 
 
 class NativeError(RuntimeError):
@@ -101,17 +103,14 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | Non
     """
     if out is None:
         out = np.empty_like(q)
-    arrays = {"q": q, "k": k, "v": v, "out": out}
-    _check_attention(arrays)
-    batch, heads, queries, head_dim = q.shape
-    scale = head_dim ** -0.5 if scale is None else scale
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale}, expected a finite number; pass None for 1 / sqrt(head_dim)")
-    args = _AttentionArgs(dtype=_DTYPES[q.dtype.name], isa=_isa(isa), batch=batch, heads=heads, queries=queries,
-                          keys=k.shape[2], head_dim=head_dim, scale=scale, causal=causal, threads=_threads(threads))
-    for name, array in arrays.items():
-        setattr(args, name, array.ctypes.data)
-        setattr(args, f"{name}_stride", _Strides(*(stride // array.itemsize for stride in array.strides[:3])))
+    arrays = (q, k, v, out)
+    template = _attention_args(tuple(map(_layout, arrays)), scale, causal, _threads(threads), isa)
+    args = _AttentionArgs.from_buffer_copy(template)
+    args.q, args.k, args.v, args.out = (_address(name, a) for name, a in zip(_QKV_OUT, arrays, strict=True))
+    if not out.flags.writeable:
+        raise ValueError("out: got a read-only array, expected one to write to; pass a copy")
+    if any(np.may_share_memory(out, a) for a in (q, k, v)):
+        raise ValueError("out: got memory that q, k or v may use too, expected its own; pass np.empty_like(q)")
     _call("latentrt_attention", args)
     return out
 
@@ -129,77 +128,115 @@ def group_norm(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray,
     """
     if out is None:
         out = np.empty_like(x)
-    channels, positions = _check_group_norm(x, out, groups, channels_last)
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: got {eps}, expected a finite number that is not negative; 1e-5 is usual")
-    weight, bias = (_parameter(name, a, channels) for name, a in (("weight", weight), ("bias", bias)))
-    _call("latentrt_group_norm", _GroupNormArgs(
-        dtype=_DTYPES[x.dtype.name], isa=_isa(isa), batch=x.shape[0], channels=channels, positions=positions,
-        groups=groups, x=x.ctypes.data, weight=weight.ctypes.data, bias=bias.ctypes.data, out=out.ctypes.data, eps=eps,
-        silu=silu, channels_last=channels_last, threads=_threads(threads)))
+    template = _group_norm_args(_layout(x), _layout(out), groups, eps, silu, channels_last, _threads(threads), isa)
+    args = _GroupNormArgs.from_buffer_copy(template)
+    weight, bias = (_parameter(name, a, args.channels) for name, a in (("weight", weight), ("bias", bias)))
+    args.x, args.out = _address("x", x), _address("out", out)
+    args.weight, args.bias = _address("weight", weight), _address("bias", bias)
+    if not out.flags.writeable:
+        raise ValueError("out: got a read-only array, expected one to write to; pass a copy")
+    if args.out != args.x and np.may_share_memory(x, out):
+        raise ValueError("out: got memory that overlaps x, expected x itself or none of it; pass np.empty_like(x)")
+    _call("latentrt_group_norm", args)
     return out
 
 
-def _check_attention(arrays: Mapping[str, np.ndarray]) -> None:
-    for name, array in arrays.items():
-        if array.ndim != 4 or 0 in array.shape:
-            raise ValueError(f"{name}: got shape {array.shape}, expected [batch, heads, tokens, head_dim], none of "
-                             "them 0; reshape it")
-        if array.dtype.name not in ("float32", "bfloat16", "uint16"):
-            raise ValueError(f"{name}: got dtype {array.dtype}, expected float32 or bfloat16; convert it")
-        if array.dtype != arrays["q"].dtype:
-            raise ValueError(f"{name}: got dtype {array.dtype}, expected q's {arrays['q'].dtype}; convert one of them")
-        _check_strides(name, array)
-    q, k, out = arrays["q"], arrays["k"], arrays["out"]
-    expected = {"q": q.shape, "k": (*q.shape[:2], k.shape[2], q.shape[3]), "v": k.shape, "out": q.shape}
-    for name, array in arrays.items():
-        if array.shape != expected[name]:
-            raise ValueError(f"{name}: got shape {array.shape}, expected {expected[name]}; repeat heads or reshape")
-    if q.shape[3] % 8 or q.shape[3] > 1024:
-        raise ValueError(f"head_dim: got {q.shape[3]}, expected a multiple of 8 up to 1024; pad q, k and v with zeros "
-                         "and pass the scale of the size before")
-    if not out.flags.writeable:
-        raise ValueError("out: got a read-only array, expected one to write to; pass a copy")
-    if any(np.may_share_memory(out, array) for name, array in arrays.items() if name != "out"):
-        raise ValueError("out: got memory that q, k or v may use too, expected its own; pass np.empty_like(q)")
+_QKV_OUT = ("q", "k", "v", "out")
 
 
-def _check_strides(name: str, array: np.ndarray) -> None:
-    size = array.itemsize
-    if array.strides[3] != size or any(stride % size for stride in array.strides):
-        raise ValueError(f"{name}: got strides {array.strides} bytes, expected the last dimension to be contiguous; "
-                         f"pass np.ascontiguousarray({name})")
-    if array.ctypes.data % size:
-        raise ValueError(f"{name}: got an address that {size} does not divide, expected an aligned array; copy it")
+def _layout(array: np.ndarray) -> _Layout:
+    return array.dtype, array.shape, array.strides
 
 
-def _check_group_norm(x: np.ndarray, out: np.ndarray, groups: int, channels_last: bool) -> tuple[int, int]:
-    """Returns channels and positions."""
-    for name, array in (("x", x), ("out", out)):
-        if array.ndim < 2 or 0 in array.shape:
-            raise ValueError(f"{name}: got shape {array.shape}, expected [batch, channels, …], none of them 0; "
+def _address(name: str, array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    if address % array.itemsize:
+        raise ValueError(f"{name}: got an address that {array.itemsize} does not divide, expected an aligned array; "
+                         "copy it")
+    return address
+
+
+# What follows depends on nothing but layouts and options, and is remembered: models call the same few again and again.
+
+
+@functools.lru_cache(maxsize=512)
+def _attention_args(layouts: tuple[_Layout, ...], scale: float | None, causal: bool, threads: int,
+                    isa: str | None) -> _AttentionArgs:
+    """Checked, and complete but for addresses."""
+    _check_attention(dict(zip(_QKV_OUT, layouts, strict=True)))
+    (dtype, (batch, heads, queries, head_dim), _), (_, k_shape, _), *_ = layouts
+    scale = head_dim ** -0.5 if scale is None else scale
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number; pass None for 1 / sqrt(head_dim)")
+    args = _AttentionArgs(dtype=_DTYPES[dtype.name], isa=_isa(isa), batch=batch, heads=heads, queries=queries,
+                          keys=k_shape[2], head_dim=head_dim, scale=scale, causal=causal, threads=threads)
+    for name, (_, _, strides) in zip(_QKV_OUT, layouts, strict=True):
+        setattr(args, f"{name}_stride", _Strides(*(stride // dtype.itemsize for stride in strides[:3])))
+    return args
+
+
+@functools.lru_cache(maxsize=512)
+def _group_norm_args(x: _Layout, out: _Layout, groups: int, eps: float, silu: bool, channels_last: bool, threads: int,
+                     isa: str | None) -> _GroupNormArgs:
+    """Checked, and complete but for addresses."""
+    channels, positions = _check_group_norm(x, out, groups, channels_last)
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: got {eps}, expected a finite number that is not negative; 1e-5 is usual")
+    dtype, shape, _ = x
+    return _GroupNormArgs(dtype=_DTYPES[dtype.name], isa=_isa(isa), batch=shape[0], channels=channels,
+                          positions=positions, groups=groups, eps=eps, silu=silu, channels_last=channels_last,
+                          threads=threads)
+
+
+def _check_attention(arrays: Mapping[str, _Layout]) -> None:
+    q_dtype, q_shape, _ = arrays["q"]
+    for name, (dtype, shape, strides) in arrays.items():
+        if len(shape) != 4 or 0 in shape:
+            raise ValueError(f"{name}: got shape {shape}, expected [batch, heads, tokens, head_dim], none of them 0; "
                              "reshape it")
-        if array.dtype.name not in _DTYPES:
-            raise ValueError(f"{name}: got dtype {array.dtype}, expected float32, bfloat16 or float16; convert it")
-        if not array.flags.c_contiguous:
-            raise ValueError(f"{name}: got strides {array.strides}, expected a C-contiguous array; pass "
-                             f"np.ascontiguousarray({name}), or channels_last=True for data that is")
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(f"out: got {out.shape} {out.dtype}, expected x's {x.shape} {x.dtype}; pass np.empty_like(x)")
-    if not out.flags.writeable:
-        raise ValueError("out: got a read-only array, expected one to write to; pass a copy")
-    if out.ctypes.data != x.ctypes.data and np.may_share_memory(x, out):
-        raise ValueError("out: got memory that overlaps x, expected x itself or none of it; pass np.empty_like(x)")
-    channels = x.shape[-1 if channels_last else 1]
+        if dtype.name not in ("float32", "bfloat16", "uint16") or not dtype.isnative:
+            raise ValueError(f"{name}: got dtype {dtype}, expected float32 or bfloat16; convert it")
+        if dtype != q_dtype:
+            raise ValueError(f"{name}: got dtype {dtype}, expected q's {q_dtype}; convert one of them")
+        if strides[3] != dtype.itemsize or any(stride % dtype.itemsize for stride in strides):
+            raise ValueError(f"{name}: got strides {strides} bytes, expected the last dimension to be contiguous; pass "
+                             f"np.ascontiguousarray({name})")
+    k_shape = arrays["k"][1]
+    expected = {"q": q_shape, "k": (*q_shape[:2], k_shape[2], q_shape[3]), "v": k_shape, "out": q_shape}
+    for name, (_, shape, _) in arrays.items():
+        if shape != expected[name]:
+            raise ValueError(f"{name}: got shape {shape}, expected {expected[name]}; repeat heads or reshape")
+    if q_shape[3] % 8 or q_shape[3] > 1024:
+        raise ValueError(f"head_dim: got {q_shape[3]}, expected a multiple of 8 up to 1024; pad q, k and v with zeros "
+                         "and pass the scale of the size before")
+
+
+def _check_group_norm(x: _Layout, out: _Layout, groups: int, channels_last: bool) -> tuple[int, int]:
+    """Returns channels and positions."""
+    for name, (dtype, shape, strides) in (("x", x), ("out", out)):
+        if len(shape) < 2 or 0 in shape:
+            raise ValueError(f"{name}: got shape {shape}, expected [batch, channels, …], none of them 0; reshape it")
+        if dtype.name not in _DTYPES or not dtype.isnative:
+            raise ValueError(f"{name}: got dtype {dtype}, expected float32, bfloat16 or float16; convert it")
+        contiguous = dtype.itemsize
+        for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+            if size > 1 and stride != contiguous:
+                raise ValueError(f"{name}: got strides {strides}, expected a C-contiguous array; pass "
+                                 f"np.ascontiguousarray({name}), or channels_last=True for data that is")
+            contiguous *= size
+    (dtype, shape, _), (out_dtype, out_shape, _) = x, out
+    if out_shape != shape or out_dtype != dtype:
+        raise ValueError(f"out: got {out_shape} {out_dtype}, expected x's {shape} {dtype}; pass np.empty_like(x)")
+    channels = shape[-1 if channels_last else 1]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: got {groups} for {channels} channels, expected a divisor; check channels_last")
-    return channels, x.size // (x.shape[0] * channels)
+    return channels, math.prod(shape) // (shape[0] * channels)
 
 
 def _parameter(name: str, array: np.ndarray, channels: int) -> np.ndarray:
     if array.shape != (channels,):
         raise ValueError(f"{name}: got shape {array.shape}, expected ({channels},), one for each channel; reshape it")
-    if array.dtype.name not in _DTYPES:
+    if array.dtype.name not in _DTYPES or not array.dtype.isnative:
         raise ValueError(f"{name}: got dtype {array.dtype}, expected float32, bfloat16 or float16; convert it")
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)

@@ -287,13 +287,14 @@ def test_silu_of_large_values(isa):
 ONE = np.zeros((1, 2, 8, 16), np.float32)
 
 
-def _all(shape: tuple[int, ...], dtype: type = np.float32) -> dict[str, np.ndarray]:
+def _all(shape: tuple[int, ...], dtype: type | np.dtype = np.float32) -> dict[str, np.ndarray]:
     return {name: np.zeros(shape, dtype) for name in ("q", "k", "v", "out")}
 
 
 REFUSED = {
     "dtype": ({"q": ONE.astype(np.float64)}, "q: got dtype float64"),
     "fp16": (_all((1, 2, 8, 16), np.float16), "float32 or bfloat16"),
+    "byte-order": (_all((1, 2, 8, 16), np.dtype(">f4")), "q: got dtype >f4"),
     "mixed": ({"k": ONE.astype(ml_dtypes.bfloat16)}, "k: got dtype bfloat16"),
     "rank": ({"q": ONE[0]}, r"q: got shape \(2, 8, 16\)"),
     "empty": ({"k": ONE[:, :, :0], "v": ONE[:, :, :0]}, "none of them 0"),
@@ -328,10 +329,12 @@ def test_attention_refuses_to_overwrite():
     ({"groups": 5}, "groups: got 5 for 16 channels"),
     ({"weight": np.zeros(8, np.float32)}, r"weight: got shape \(8,\)"),
     ({"x": np.zeros((1, 16, 4), np.int32)}, "x: got dtype int32"),
+    ({"x": np.zeros((1, 16, 4), ">f4")}, "x: got dtype >f4"),
+    ({"bias": np.zeros(16, ">f4")}, "bias: got dtype >f4"),
     ({"x": np.zeros((1, 4, 16), np.float32).swapaxes(1, 2)}, "x: got strides"),
     ({"out": np.zeros((1, 16, 5), np.float32)}, "out: got"),
     ({"eps": -1.0}, "eps: got -1"),
-], ids=["groups", "weight", "dtype", "strides", "out", "eps"])
+], ids=["groups", "weight", "dtype", "byte-order", "byte-order-bias", "strides", "out", "eps"])
 def test_group_norm_refuses(wrong, message):
     good = {"x": np.zeros((1, 16, 4), np.float32), "groups": 4, "weight": np.zeros(16, np.float32),
             "bias": np.zeros(16, np.float32)}
