@@ -4,6 +4,7 @@ examples:
   python -m benchmarks kernels                                       CPU: bf16 and fp32, all shapes, all cores
   python -m benchmarks kernels --op attention --case sd15 --dtype bf16
   python -m benchmarks kernels --isa avx2 amx --threads 1            how much each instruction set brings
+  python -m benchmarks kernels --isa avx2 --torch-isa avx2 --dtype fp32    as on a CPU that has AVX2 alone
   python -m benchmarks kernels --device cuda --json kernels.json     GPU: fp16
   python -m benchmarks kernels --device cuda --layout channels_last --op group_norm to_image
 
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
 OPS = ("attention", "group_norm", "layer_norm", "geglu", "guidance_step", "to_image")
 DTYPES = {"cpu": ("bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
 ISAS = ("avx2", "avx512", "amx")
+TORCH_LIMITS = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
+"""Environment that torch, oneDNN and MKL read when they are loaded."""
 PEER_RMS = 0.05
 """A peer whose result is further from the truth than this, RMS over RMS, computes something else."""
 
@@ -64,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of images in group_norm and to_image (default %(default)s)")
     parser.add_argument("--isa", nargs="+", choices=ISAS, metavar="NAME",
                         help=f"CPU: instruction sets of our kernels, some of {', '.join(ISAS)} (default: the best)")
+    parser.add_argument("--torch-isa", choices=list(TORCH_LIMITS), metavar="NAME",
+                        help=f"CPU: hold torch to an instruction set too, one of {', '.join(TORCH_LIMITS)}")
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU: of everyone (default: all cores)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, seconds a shape")
     parser.add_argument("--rounds", type=_positive, default=30, help="timed samples of each (default %(default)s)")
@@ -77,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("torch", "triton"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"got no {name}, expected it for references and peers; pip install 'latentrt[benchmarks]'")
+    if args.torch_isa:
+        if "torch" in sys.modules:
+            raise ValueError("--torch-isa: got torch loaded already, expected a new process; run it from a shell")
+        os.environ.update(TORCH_LIMITS[args.torch_isa])
     from benchmarks import contenders
 
     setting = _setting(args)
@@ -92,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"got nothing to time (--op {' '.join(args.op)} --case {' '.join(args.case)}), expected at "
                          "least one shape; leave --case out for all of them")
     report: dict[str, Any] = {"machine": measure.machine() | _device(setting), "layout": args.layout,
-                              "rounds": args.rounds, "results": []}
+                              "torch_isa": args.torch_isa, "rounds": args.rounds, "results": []}
     try:
         for op, case, dtype in (bar := tqdm(work, desc="kernels", disable=None)):
             bar.set_postfix_str(f"{op} {dtype} {case}")
@@ -114,8 +125,8 @@ def _setting(args: argparse.Namespace) -> Setting:
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device: got cuda, expected cpu on a machine where torch sees no GPU")
-        if isas or args.threads:
-            raise ValueError("got --isa or --threads with --device cuda, expected --device cpu with them")
+        if isas or args.threads or args.torch_isa:
+            raise ValueError("got --isa, --torch-isa or --threads with --device cuda, expected --device cpu with them")
     else:
         here = native.isas()
         isas = isas or here[-1:]

@@ -95,7 +95,7 @@ def main() -> None:
         help="deviation of a constant added to the noise of each channel, so that the mean of a picture cannot be read "
         "through the noise of the last timestep (default: %(default)s)",
     )
-    parser.add_argument("--lr", type=float, default=1.2e-3, help="peak learning rate of the UNet (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="peak rate of the UNet (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(

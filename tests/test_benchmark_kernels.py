@@ -106,7 +106,8 @@ def test_figures_follow_from_the_times(tmp_path: Path, capsys: pytest.CaptureFix
     (("--dtype", "fp16"), "--dtype: got fp16 on cpu, expected some of bf16, fp32"),
     (("--case", "sd9"), "expected at least one shape; leave --case out"),
     (("--op", "geglu"), "got nothing to time"),
-], ids=["dtype", "case", "op"])
+    (("--torch-isa", "avx2"), "--torch-isa: got torch loaded already"),
+], ids=["dtype", "case", "op", "torch-isa"])
 @needs_native
 def test_what_cannot_be_timed_is_refused(arguments: tuple[str, ...], message: str,
                                          capsys: pytest.CaptureFixture[str]) -> None:
