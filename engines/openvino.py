@@ -1,8 +1,9 @@
 """OpenVINO on CPUs, in bfloat16 where the CPU has it.
 
-Its ONNX reader turns the standard's Attention into ScaledDotProductAttention, which the CPU plugin runs as one fused
-kernel in fp32 and bf16, so no graph pass is needed. A model is compiled anew at every load: an exported blob holds the
-weights in full and imports no faster than the ONNX file compiles (`docs/engines.md` has the figures).
+Its ONNX reader turns the standard's Attention into ScaledDotProductAttention; where our C++ kernels are built, in fp32
+and bf16, that becomes their attention (`--option attention=openvino` keeps the plugin's). A model is compiled anew at
+every load: an exported blob holds the weights in full and imports no faster than the ONNX file compiles
+(`docs/engines.md` has the figures).
 
 Under a 16-bit precision hint the plugin rounds the timestep itself (999 becomes 1000 in bfloat16) and the angles whose
 sine and cosine embed it. So what leads to a sine or cosine is compiled apart, in fp32, and hands its few numbers over.
@@ -11,7 +12,8 @@ sine and cosine embed it. So what leads to a sine or cosine is compiled apart, i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,14 @@ from engines.buffers import check_array, check_names, resolve
 from engines.bundle import Component
 from engines.cpu import describe
 from engines.onnx_file import convert
+from engines.openvino_passes import cut_angles, own_attention, replace, widen
 from engines.spec import EngineConfig, EngineError, TensorSpec
+from kernels import native
 
 PIP = "pip install openvino"
 PRECISION = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-SOURCES = ("openvino.py", "onnx_file.py")
+SOURCES = ("openvino.py", "openvino_passes.py", "onnx_file.py")
+ATTENTION = ("latentrt", "openvino")
 READS_ONNX = True
 
 
@@ -50,7 +55,8 @@ def dtypes() -> tuple[str, ...]:
 
 def versions(config: EngineConfig | None = None) -> dict[str, str]:
     """What a cached engine depends on beside files and config."""
-    return {"openvino": _vendor().get_version(), **describe()}
+    own = config is not None and _attention(config) == "latentrt"
+    return {"openvino": _vendor().get_version(), **({"kernels": native.fingerprint()} if own else {}), **describe()}
 
 
 def build(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
@@ -60,11 +66,35 @@ def build(onnx: Path, component: Component, config: EngineConfig, directory: Pat
     if config.dtype not in dtypes():
         raise EngineError(f"openvino: got dtype {config.dtype}, but {describe()['cpu']} computes in "
                           f"{', '.join(dtypes())}; pass --dtype fp32")
+    _attention(config)
 
 
 def load(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> OpenVinoEngine:
     """Compile the graph for the config's static shapes. Raises EngineError where OpenVINO cannot."""
     return OpenVinoEngine(onnx, component, config)
+
+
+def _attention(config: EngineConfig) -> str:
+    """Whose attention an engine computes with."""
+    wanted = config.options.get("attention")
+    missing = _extension_missing()
+    if wanted not in (None, *ATTENTION):
+        raise EngineError(f"option attention: got {wanted!r}, expected one of {', '.join(ATTENTION)}")
+    if wanted == "latentrt" and (missing or config.dtype == "fp16"):
+        raise EngineError(f"option attention: {missing or 'got dtype fp16, expected fp32 or bf16'}")
+    return wanted or ("openvino" if missing or config.dtype == "fp16" else "latentrt")
+
+
+@functools.cache
+def _extension_missing() -> str | None:
+    """None where our kernels load into this OpenVINO, else what to do."""
+    try:
+        _vendor().Core().add_extension(str(native.openvino_extension()))
+    except native.NativeError as e:
+        return str(e)
+    except RuntimeError as e:  # built for another version of OpenVINO
+        return f"{native.EXTENSION} does not load: {e}; {native.BUILD} --no-build-isolation"
+    return None
 
 
 class OpenVinoEngine:
@@ -107,16 +137,20 @@ class OpenVinoEngine:
             self.bind(self._buffers)
 
     def _compile(self, changed: Mapping[str, np.ndarray]) -> list[Any]:
-        core = _vendor().Core()
+        ov = _vendor()
+        core = ov.Core()
         with _errors(f"compile {self._onnx}"):
             model = core.read_model(self._onnx)
             if changed:
-                _replace(model, changed)
+                replace(ov, model, changed)
             if self._dtype != "fp32":
-                _widen(model)
+                widen(ov, model)
             model.reshape({name: list(spec.shape) for name, spec in self.inputs.items()})
             self._check(model)
-            angles = _cut_angles(model) if self._config.dtype != "fp32" else None
+            if _attention(self._config) == "latentrt":
+                core.add_extension(str(native.openvino_extension()))
+                own_attention(ov, model, _own_op(), bf16=self._config.dtype == "bf16")
+            angles = cut_angles(ov, model) if self._config.dtype != "fp32" else None
             body = core.compile_model(model, "CPU", self._properties(self._config.dtype)).create_infer_request()
             if angles is None:
                 return [body]
@@ -132,7 +166,7 @@ class OpenVinoEngine:
             properties["EXECUTION_MODE_HINT"] = "ACCURACY"
         if self._config.threads:
             properties["INFERENCE_NUM_THREADS"] = self._config.threads
-        return {**properties, **self._config.options}
+        return {**properties, **{name: v for name, v in self._config.options.items() if name != "attention"}}
 
     def _check(self, model: Any) -> None:
         for kind, ports, specs in (("inputs", model.inputs, self.inputs), ("outputs", model.outputs, self.outputs)):
@@ -144,80 +178,17 @@ class OpenVinoEngine:
                                   "export the bundle again")
 
 
-def _cut_angles(model: Any) -> Any:
-    """Take the sines and cosines of inputs out of `model`; returns the model that computes them, None without any.
+def _own_op() -> Callable[..., Any]:
+    """Makes nodes of our Attention."""
+    from openvino.utils.node_factory import NodeFactory
 
-    before   timestep ─▶ Multiply ─▶ Sin ─▶ MatMul …
-    after    timestep ─▶ Multiply ─▶ Sin ─▶ "angle0"  (returned)      "angle0" ─▶ MatMul …  (`model`)
-    """
-    ov = _vendor()
-    apart = model.clone()
-    results: list[Any] = []
-    twins = {op.get_friendly_name(): op for op in apart.get_ordered_ops()}
-    used: set[str] = set()
-    for op in [op for op in model.get_ordered_ops() if op.get_type_name() in ("Sin", "Cos")]:
-        twin = twins[op.get_friendly_name()]
-        above = _above(twin)
-        if any(node.get_type_name() in ("MatMul", "Convolution") for node in above):
-            continue
-        name = f"angle{len(results)}"
-        handed = ov.opset13.parameter(list(op.get_output_shape(0)), op.get_output_element_type(0), name=name)
-        handed.output(0).get_tensor().set_names({name})
-        op.output(0).replace(handed.output(0))
-        model.add_parameters([handed])
-        result = ov.opset13.result(twin.output(0))
-        twin.output(0).get_tensor().set_names({name})
-        results.append(result)
-        used |= {node.get_friendly_name() for node in above}
-    if not results:
-        return None
-    for parameter in list(model.get_parameters()):
-        if not parameter.output(0).get_target_inputs():
-            model.remove_parameter(parameter)
-    return ov.Model(results, [p for p in apart.get_parameters() if p.get_friendly_name() in used], "angles")
-
-
-def _above(node: Any) -> list[Any]:
-    """Every node that `node` depends on."""
-    found: dict[str, Any] = {}
-    todo = [value.get_node() for value in node.input_values()]
-    while todo:
-        node = todo.pop()
-        if node.get_friendly_name() not in found:
-            found[node.get_friendly_name()] = node
-            todo += [value.get_node() for value in node.input_values()]
-    return list(found.values())
+    factory = NodeFactory("opset13")
+    factory.add_extension(str(native.openvino_extension()))
+    return lambda inputs, attributes: factory.create("Attention", inputs, attributes)
 
 
 def _names(compiled: Any) -> set[str]:
     return {name for port in (*compiled.inputs, *compiled.outputs) for name in port.get_names()}
-
-
-def _replace(model: Any, weights: Mapping[str, np.ndarray]) -> None:
-    """Put new values in place of the constants that the ONNX reader named after initializers."""
-    ov = _vendor()
-    constants = {op.get_friendly_name(): op for op in model.get_ops() if op.get_type_name() == "Constant"}
-    for name, value in weights.items():
-        if (old := constants.get(name)) is None:
-            raise EngineError(f"refit: OpenVINO folded weight {name!r} away; use --backend onnxruntime to change it")
-        new = ov.op.Constant(ov.Tensor(value, ov.Shape(value.shape), old.get_element_type()))
-        old.output(0).replace(new.output(0))
-
-
-def _widen(model: Any) -> None:
-    """Make a 16-bit graph compute in float32: every conversion to 16 bits, and every 16-bit weight, gives float32."""
-    opset = _vendor().opset13
-    for op in model.get_ordered_ops():
-        if not op.get_output_size() or op.get_output_element_type(0).to_string() not in ("f16", "bf16"):
-            continue
-        if op.get_type_name() == "Convert":
-            op.output(0).replace(opset.convert(op.input_value(0), "f32").output(0))
-        elif op.get_type_name() == "Constant":
-            users = list(op.output(0).get_target_inputs())
-            wide = opset.convert(op, "f32")
-            for user in users:
-                user.replace_source_output(wide.output(0))
-    model.validate_nodes_and_infer_types()
 
 
 def _vendor() -> Any:

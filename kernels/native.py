@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -79,13 +80,20 @@ def isas() -> tuple[str, ...]:
 def openvino_extension() -> Path:
     """The library that `openvino.Core.add_extension` takes; ops Attention and GroupNormSilu of domain `latentrt`.
 
-    Raises NativeError where it was not built, or was built for another version of OpenVINO.
+    Raises NativeError where it was not built. One that was built for another version of OpenVINO does not load.
     """
     if not EXTENSION.exists():
         raise NativeError(f"got no {EXTENSION}, expected the OpenVINO extension; install openvino first, then {BUILD} "
                           "with --no-build-isolation")
     isas()
     return EXTENSION
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of the built libraries: another one may compute other last bits."""
+    files = [path.read_bytes() for path in (LIBRARY, EXTENSION) if path.exists()]
+    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | None = None, *,

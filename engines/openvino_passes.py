@@ -1,0 +1,140 @@
+"""What the openvino backend changes in a graph between reading and compiling; `ov` is the openvino package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engines.spec import EngineError
+
+OWN_HEAD_DIMS = range(8, 1025, 8)
+SWAP = [0, 2, 1, 3]  # tokens and heads
+
+
+def own_attention(ov: Any, model: Any, attention: Callable[..., Any], *, bf16: bool) -> int:
+    """Replace OpenVINO's attention by ours wherever ours computes the same; returns at how many sites.
+
+    before   q, k, v ─▶ Transpose ─▶ ScaledDotProductAttention ─▶ Transpose ─▶ …
+    after    q, k, v ─▶ Attention ─▶ …    it reads and writes [batch, tokens, heads, head dim] as it lies
+
+    attention: makes a node from inputs and attributes. bf16: convert around the node, whose type is what it computes
+    with; the plugin, which holds all else in bfloat16 too, then has nothing to convert.
+    """
+    opset, count = ov.opset13, 0
+    for op in [op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention"]:
+        q, k, v, *rest = op.input_values()
+        scale = _scale(rest)
+        if scale is None or not _fits(q.get_shape(), k.get_shape(), v.get_shape()):
+            continue
+        users = [target.get_node() for target in op.output(0).get_target_inputs()]
+        swapped = all(_is_swap(value.get_node()) for value in (q, k, v)) and len(users) == 1 and _is_swap(users[0])
+        inputs = [value.get_node().input_value(0) if swapped else value for value in (q, k, v)]
+        if bf16:
+            inputs = [opset.convert(value, "bf16").output(0) for value in inputs]
+        attributes = {"scale": scale, "causal": op.get_attributes()["causal"], "heads_first": not swapped}
+        out = attention(inputs, attributes)
+        if bf16:
+            out = opset.convert(out, "f32")
+        (users[0] if swapped else op).output(0).replace(out.output(0))
+        count += 1
+    if count:
+        model.validate_nodes_and_infer_types()
+    return count
+
+
+def _scale(rest: Sequence[Any]) -> float | None:
+    """The factor of the scores, 0 for the usual one; None where there is a mask, or a factor known only at run time."""
+    mask, scale = ([_number(value) for value in rest] + [0.0, 0.0])[:2]
+    return scale if mask == 0 else None
+
+
+def _number(value: Any) -> float | None:
+    """A constant of one element, behind conversions or not; None for anything else."""
+    node = value.get_node()
+    while node.get_type_name() in ("Convert", "ConvertLike"):
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "Constant" or node.get_data().size != 1:
+        return None
+    return float(node.get_data().reshape(()))
+
+
+def _fits(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> bool:
+    return len(q) == 4 and list(k) == list(v) and list(q[:2]) == list(k[:2]) and q[3] == k[3] and q[3] in OWN_HEAD_DIMS
+
+
+def _is_swap(node: Any) -> bool:
+    if node.get_type_name() != "Transpose" or (order := node.input_value(1).get_node()).get_type_name() != "Constant":
+        return False
+    return [int(axis) for axis in order.get_data()] == SWAP
+
+
+def cut_angles(ov: Any, model: Any) -> Any:
+    """Take the sines and cosines of inputs out of `model`; returns the model that computes them, None without any.
+
+    before   timestep ─▶ Multiply ─▶ Sin ─▶ MatMul …
+    after    timestep ─▶ Multiply ─▶ Sin ─▶ "angle0"  (returned)      "angle0" ─▶ MatMul …  (`model`)
+    """
+    apart = model.clone()
+    results: list[Any] = []
+    twins = {op.get_friendly_name(): op for op in apart.get_ordered_ops()}
+    used: set[str] = set()
+    for op in [op for op in model.get_ordered_ops() if op.get_type_name() in ("Sin", "Cos")]:
+        twin = twins[op.get_friendly_name()]
+        above = _above(twin)
+        if any(node.get_type_name() in ("MatMul", "Convolution") for node in above):
+            continue
+        name = f"angle{len(results)}"
+        handed = ov.opset13.parameter(list(op.get_output_shape(0)), op.get_output_element_type(0), name=name)
+        handed.output(0).get_tensor().set_names({name})
+        op.output(0).replace(handed.output(0))
+        model.add_parameters([handed])
+        result = ov.opset13.result(twin.output(0))
+        twin.output(0).get_tensor().set_names({name})
+        results.append(result)
+        used |= {node.get_friendly_name() for node in above}
+    if not results:
+        return None
+    for parameter in list(model.get_parameters()):
+        if not parameter.output(0).get_target_inputs():
+            model.remove_parameter(parameter)
+    return ov.Model(results, [p for p in apart.get_parameters() if p.get_friendly_name() in used], "angles")
+
+
+def _above(node: Any) -> list[Any]:
+    """Every node that `node` depends on."""
+    found: dict[str, Any] = {}
+    todo = [value.get_node() for value in node.input_values()]
+    while todo:
+        node = todo.pop()
+        if node.get_friendly_name() not in found:
+            found[node.get_friendly_name()] = node
+            todo += [value.get_node() for value in node.input_values()]
+    return list(found.values())
+
+
+def replace(ov: Any, model: Any, weights: Mapping[str, np.ndarray]) -> None:
+    """Put new values in place of the constants that the ONNX reader named after initializers."""
+    constants = {op.get_friendly_name(): op for op in model.get_ops() if op.get_type_name() == "Constant"}
+    for name, value in weights.items():
+        if (old := constants.get(name)) is None:
+            raise EngineError(f"refit: OpenVINO folded weight {name!r} away; use --backend onnxruntime to change it")
+        new = ov.op.Constant(ov.Tensor(value, ov.Shape(value.shape), old.get_element_type()))
+        old.output(0).replace(new.output(0))
+
+
+def widen(ov: Any, model: Any) -> None:
+    """Make a 16-bit graph compute in float32: every conversion to 16 bits, and every 16-bit weight, gives float32."""
+    opset = ov.opset13
+    for op in model.get_ordered_ops():
+        if not op.get_output_size() or op.get_output_element_type(0).to_string() not in ("f16", "bf16"):
+            continue
+        if op.get_type_name() == "Convert":
+            op.output(0).replace(opset.convert(op.input_value(0), "f32").output(0))
+        elif op.get_type_name() == "Constant":
+            users = list(op.output(0).get_target_inputs())
+            wide = opset.convert(op, "f32")
+            for user in users:
+                user.replace_source_output(wide.output(0))
+    model.validate_nodes_and_infer_types()
