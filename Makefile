@@ -31,7 +31,7 @@ help: ## list the targets
 # The prompt travels as an environment variable, so that quotes and dollar signs reach the model as they were typed.
 demo: export DEMO_PROMPT = $(value PROMPT)
 demo: $(BUNDLE)/manifest.json
-	@$(PY) -m runtime $(BUNDLE) "$$DEMO_PROMPT" -o build/demo.png --force
+	@$(PY) -m runtime $(BUNDLE) "$$DEMO_PROMPT" --guidance 2 -o build/demo.png --force
 
 test: .venv/.installed
 	@$(PY) -m pytest $(ARGS)

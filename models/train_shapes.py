@@ -13,6 +13,8 @@ The UNet starts from weights that return its input and know where in the picture
 first reads captions on a blank input, then the noise rises, then all timesteps take part. On a CPU every worker is a
 process of one thread that trains on its own and averages its weights with the others every few steps (local SGD,
 arXiv:1805.09767): faster than one process of many threads, and it keeps its pace beside other work.
+
+The weights in models/shapes took 160 minutes on two cores and draw 91 % of held-out captions right: models/README.md.
 """
 
 import argparse
