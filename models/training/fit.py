@@ -114,16 +114,9 @@ def fit(
         bar.n = int(100 * state["progress"])
         bar.set_postfix(loss=np.mean(running[-200:]), samples=state["samples"])
         if worker.first and (time.monotonic() - reported > 60 * worker.args.report_minutes or state["progress"] >= 1):
-            rate = state["samples"] / state["seconds"]
-            loss_now = np.mean(running[-200:])
-            log.info(
-                "%s: %d samples, %.0f/s, %.1f min, loss %.5f",
-                name,
-                state["samples"],
-                rate,
-                state["seconds"] / 60,
-                loss_now,
-            )
+            rate, spent = state["samples"] / state["seconds"], state["seconds"] / 60
+            mean = np.mean(running[-200:])
+            log.info("%s: %d samples, %.0f/s, %.1f min, loss %.5f", name, state["samples"], rate, spent, mean)
             saved = {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(saved | {"state": state}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
