@@ -7,6 +7,7 @@ import importlib
 import sys
 
 from engines import EngineError
+from engines.interrupt import interruptible
 
 COMMANDS = {
     "quality": "pictures: does each hold what its caption asks for?",
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     module.add_arguments(command)
     args = command.parse_args(chosen.arguments)
     try:
-        return module.run(args)
+        with interruptible():
+            return module.run(args)
     except KeyboardInterrupt:
         return 130
     except (EngineError, ValueError, OSError) as e:

@@ -14,6 +14,7 @@ from typing import Any
 import engines
 from engines import store, verify
 from engines.bundle import Bundle
+from engines.interrupt import interruptible
 from engines.spec import DTYPES, EngineError
 
 EXAMPLES = """examples:
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
-        return options.run(options)
+        with interruptible():
+            return options.run(options)
     except (EngineError, ValueError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

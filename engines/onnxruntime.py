@@ -145,8 +145,6 @@ def _vendor() -> Any:
     except ModuleNotFoundError as e:
         raise EngineError(f"backend onnxruntime: the package is missing; run: {PIP}") from e
     except ImportError as e:
-        if isinstance(e.__cause__, KeyboardInterrupt):  # Ctrl-C while its library was being loaded
-            raise e.__cause__ from None
         raise EngineError(f"backend onnxruntime: the package does not load: {e}; install it again: {PIP}") from e
     return onnxruntime
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import engines
+from engines.bundle import Bundle
+from engines.interrupt import interruptible
 from engines.spec import DTYPES, EngineError
 from export import FAMILIES, ExportError, export
 
@@ -31,30 +33,36 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR if options.quiet else logging.WARNING, format="%(message)s")
     for package in ("export", "engines") if options.verbose else ():
         logging.getLogger(package).setLevel(logging.INFO)
-    dtype = options.dtype if options.dtype != "auto" else "fp16" if options.gpu else "fp32"
-    build = options.backend or ("auto" if options.size or options.batch else "none")
     try:
-        if build != "none":
-            from engines.choice import choose
-
-            engine, computes = choose(build, options.dtype)  # before the long part: a missing backend shows at once
-        bundle = export(options.checkpoint, options.output, dtype=dtype, force=options.force,
-                        progress=not options.quiet, config=options.config, tokenizer=options.tokenizer)
-        if build != "none":
-            engines.build_all(bundle, engine, sizes=options.size or (), batches=options.batch or (1,), dtype=computes)
+        with interruptible():
+            bundle = _run(options)
     except (ExportError, EngineError, OSError, ValueError) as e:
         if options.verbose:
             logging.getLogger(__name__).exception("export failed")
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was published", file=sys.stderr)
+        print("interrupted; nothing half-written was kept", file=sys.stderr)
         return 130
     if not options.quiet:
-        print(f"{bundle.path}: {bundle.manifest.family}, {dtype}")
+        print(f"{bundle.path}: {bundle.manifest.family}, {bundle.manifest.components['unet'].dtype}")
         for name, component in bundle.manifest.components.items():
             print(f"  {name:13} differs from PyTorch by {component.check.rel_rms:.1e} (relative RMS)")
     return 0
+
+
+def _run(options: argparse.Namespace) -> Bundle:
+    build = options.backend or ("auto" if options.size or options.batch else "none")
+    if build != "none":
+        from engines.choice import choose
+
+        engine, computes = choose(build, options.dtype)  # before the long part: a missing backend shows at once
+    bundle = export(options.checkpoint, options.output, force=options.force, progress=not options.quiet,
+                    dtype=options.dtype if options.dtype != "auto" else "fp16" if options.gpu else "fp32",
+                    config=options.config, tokenizer=options.tokenizer)
+    if build != "none":
+        engines.build_all(bundle, engine, sizes=options.size or (), batches=options.batch or (1,), dtype=computes)
+    return bundle
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engines.interrupt import interruptible
 from runtime import EngineError, Pipeline, Request, Result, images
 from runtime.schedulers import names
 
@@ -26,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
-        return _run(args)
+        with interruptible():
+            return _run(args)
     except KeyboardInterrupt:
         print("interrupted; nothing was left half written", file=sys.stderr)
         return 130

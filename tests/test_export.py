@@ -263,7 +263,7 @@ def test_two_exports_and_ctrl_c(folder, tmp_path):
         said = process.communicate(timeout=60)[1]
     finally:
         process.kill()
-    assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted; nothing was published")
+    assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted; nothing half-written was kept")
     assert os.listdir(tmp_path) == []
 
 
