@@ -18,9 +18,9 @@ kernel is not timed, and the exit status is 1.
 
 On a GPU each contender is a CUDA graph of calls on inputs of their own, together three times the L2 cache or 64 calls,
 replayed after other memory has filled the cache: inputs come from memory, and launches cost what they cost in a graph.
-On a CPU a sample is the mean of calls one after the other, at least 3 ms of them and one before that does not count: as
-in a network, where one library's ops follow each other. It starts when the threads of the contender before have gone to
-sleep; OpenMP's keep a core busy for some milliseconds after each op.
+On a CPU a sample is the mean of calls one after the other, at least 10 ms of them after as many that do not count: as
+in a network, where one library's ops follow each other on cores that are awake. It starts when the threads of the
+contender before have gone to sleep; OpenMP's keep a core busy for some milliseconds after each op.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TORCH_LIMITS = {
 PEER_RMS = 0.05
 """A peer whose result is further from the truth than this, RMS over RMS, computes something else."""
 
-CPU_SAMPLE = 0.003  # seconds of calls in a sample on a CPU
+CPU_SAMPLE = 0.01  # seconds of calls in a sample on a CPU
 OTHERS_ASLEEP = 0.03  # seconds after which no library's threads still wait for work on a core
 
 
@@ -250,7 +250,7 @@ def _sampler_on_cpu(contender: Contender) -> Callable[[], float]:
 
     def sample() -> float:
         time.sleep(OTHERS_ASLEEP)
-        seconds(1)
+        seconds(calls)
         return seconds(calls)
     return sample
 

@@ -244,6 +244,8 @@ def _check_group_norm(x: _Layout, out: _Layout, groups: int, channels_last: bool
 def _parameter(name: str, array: np.ndarray, channels: int) -> np.ndarray:
     if array.shape != (channels,):
         raise ValueError(f"{name}: got shape {array.shape}, expected ({channels},), one for each channel; reshape it")
+    if array.dtype == np.float32 and array.flags.c_contiguous:
+        return array
     if array.dtype.name not in _DTYPES or not array.dtype.isnative:
         raise ValueError(f"{name}: got dtype {array.dtype}, expected float32, bfloat16 or float16; convert it")
     if array.dtype == np.uint16:

@@ -1,8 +1,10 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -11,18 +13,19 @@
 namespace latentrt {
 namespace {
 
-// A worker looks for its next task this often before it sleeps: some 0.2 ms, as between two operators of a network.
-// Waking one that sleeps costs 50 us and more, on a virtual machine.
-constexpr int kSpins = 5000;
+// Who waits looks again and again for this long, as between two operators of a network, before it sleeps: waking it
+// then costs 50 us and more on a virtual machine. While looking it gives its CPU to any other thread that wants it.
+constexpr std::chrono::microseconds kPatience{1000};
 
 class Worker {
 public:
-    Worker() : thread_([this] { loop(); }) { thread_.detach(); }
+    Worker() : thread_([this] { loop(); }), handle_(thread_.native_handle()) { thread_.detach(); }
 
     void start(Task task, void* argument, int index) {
         task_ = task;
         argument_ = argument;
         index_ = index;
+        leave(sched_getcpu());
         busy_.store(true, std::memory_order_release);
         busy_.notify_one();
     }
@@ -30,11 +33,26 @@ public:
     void wait() const { wait_until(false); }
 
 private:
+    // Keeps this worker off the caller's CPU. Where a sleeping virtual CPU does not count as idle, the system would wake
+    // the worker there, and the two would take turns for as long as they live.
+    void leave(int cpu) {
+        if (cpu == left_) return;
+        left_ = cpu;
+        cpu_set_t cpus;
+        if (sched_getaffinity(0, sizeof cpus, &cpus)) return; // more CPUs than the set holds
+        CPU_CLR(cpu, &cpus);
+        if (CPU_COUNT(&cpus)) pthread_setaffinity_np(handle_, sizeof cpus, &cpus);
+    }
+
     void wait_until(bool value) const {
-        for (int i = 0; i < kSpins; i++) {
-            if (busy_.load(std::memory_order_acquire) == value) return;
-            __builtin_ia32_pause();
-        }
+        const auto end = std::chrono::steady_clock::now() + kPatience;
+        do {
+            for (int i = 0; i < 64; i++) {
+                if (busy_.load(std::memory_order_acquire) == value) return;
+                __builtin_ia32_pause();
+            }
+            sched_yield();
+        } while (std::chrono::steady_clock::now() < end);
         busy_.wait(!value, std::memory_order_acquire);
     }
 
@@ -51,7 +69,9 @@ private:
     Task task_ = nullptr;
     void* argument_ = nullptr;
     int index_ = 0;
+    int left_ = -1;
     std::thread thread_;
+    pthread_t handle_;
 };
 
 struct Team {
