@@ -5,6 +5,7 @@
 // is.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -88,33 +89,34 @@ template <class T>
 void pack_rows(const typename T::Type* from, int64_t stride, int64_t rows, int64_t padded, int64_t dim, float factor,
                float* to, int64_t to_stride) {
     using V = Vector;
-    for (int64_t row = 0; row < padded; row++, to += to_stride) {
-        for (int64_t i = 0; i < dim; i += kW) {
-            const auto mask = V::first(row < rows ? dim - i : 0);
-            const V::Reg x =
-                row < rows ? V::mul(V::template read<T>(from + row * stride + i, mask), V::set(factor)) : V::zero();
-            if (i + kW <= to_stride) V::store(to + i, x);
-            else V::store(to + i, x, V::first(to_stride - i));
+    const int64_t whole = dim / kW * kW;
+    for (int64_t row = 0; row < rows; row++, from += stride, to += to_stride) {
+        for (int64_t i = 0; i < whole; i += kW) V::store(to + i, V::mul(V::template read<T>(from + i), V::set(factor)));
+        if (whole < dim) {
+            const V::Reg x = V::mul(V::template read<T>(from + whole, V::first(dim - whole)), V::set(factor));
+            V::store(to + whole, x, V::first(to_stride - whole));
         }
     }
+    std::fill(to, to + (padded - rows) * to_stride, 0.0f);
 }
 
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float out;
-    __builtin_memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
-// Blocks of [dim][96]; keys beyond the last are zeros.
+// Blocks of [dim][96]; keys beyond the last, to a whole vector, are zeros.
 template <class T>
 void pack_transposed(const typename T::Type* k, int64_t stride, int64_t keys, int64_t dim, float* to) {
-    for (int64_t first = 0; first < keys; first += kBlockKeys, to += kBlockKeys * dim) {
-        for (int64_t i = 0; i < kBlockKeys; i++) {
-            const bool real = first + i < keys;
-            const auto* row = k + (real ? first + i : 0) * stride;
-            for (int64_t d = 0; d < dim; d++) to[d * kBlockKeys + i] = real ? widen(row[d]) : 0.0f;
+    using V = Vector;
+    for (int64_t first = 0; first < keys; first += kW) {
+        float* column = to + first / kBlockKeys * kBlockKeys * dim + first % kBlockKeys;
+        for (int64_t d = 0; d < dim; d += kW) {
+            V::Reg tile[kW];
+            for (int64_t i = 0; i < kW; i++) {
+                const auto* from = k + (first + i) * stride + d;
+                if (first + i >= keys) tile[i] = V::zero();
+                else if (d + kW <= dim) tile[i] = V::template read<T>(from);
+                else tile[i] = V::template read<T>(from, V::first(dim - d));
+            }
+            V::transpose(tile);
+            const int64_t rows = dim - d < kW ? dim - d : kW;
+            for (int64_t i = 0; i < rows; i++) V::store(column + (d + i) * kBlockKeys, tile[i]);
         }
     }
 }

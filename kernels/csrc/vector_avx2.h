@@ -58,6 +58,24 @@ struct Vector {
         return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
     }
 
+    static void transpose(Reg (&row)[8]) {
+        Reg a[8], b[8];
+        for (int i = 0; i < 8; i += 2) { // pairs of rows, then of pairs, then of halves
+            a[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+            a[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {
+            b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+            b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+            b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+            b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+        }
+        for (int i = 0; i < 4; i++) {
+            row[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+            row[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+        }
+    }
+
     struct Bf16 {
         using Type = uint16_t;
         static constexpr int kBits = 8; // of precision

@@ -40,6 +40,30 @@ struct Vector {
     static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
     static float largest(Reg a) { return _mm512_reduce_max_ps(a); }
 
+    static void transpose(Reg (&row)[16]) {
+        Reg a[16], b[16];
+        for (int i = 0; i < 16; i += 2) { // pairs of rows, then of pairs, then of quarters, twice
+            a[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
+            a[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4) {
+            b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+            b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+            b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+            b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+        }
+        for (int i = 0; i < 4; i++) {
+            a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+            a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+            a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+            a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+        }
+        for (int i = 0; i < 8; i++) {
+            row[i] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+            row[i + 8] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+        }
+    }
+
     struct Bf16 {
         using Type = uint16_t;
         static constexpr int kBits = 8; // of precision
