@@ -1,8 +1,8 @@
 """Ahead-of-time build: every variant of every op, for every GPU architecture, on a machine without a GPU.
 
-Triton lowers a kernel to PTX and calls the ptxas of its own wheel. What comes out depends on the kernel's source (with
-all that it calls), its types, constants and options, the architecture, and the compilers' versions: their hash is the
-name in the cache, and the same input gives the same bytes wherever it is built, since no line or file names go in.
+Triton lowers a kernel to PTX, and the ptxas of its own wheel makes the cubin (`assemble.py`). What comes out depends on
+the kernel's source (with all that it calls), its types, constants and options, the architecture, and the compilers'
+versions: their hash is the name in the cache. The same input gives the same bytes; no line or file names go in.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels import assemble
 from kernels.artefact import ARCHS, FORMAT, SCRATCH, Artefact, KernelError
 from kernels.variant import Variant
 
@@ -136,8 +137,8 @@ def key(variant: Variant, arch: int) -> str:
         "format": FORMAT, "op": variant.op, "name": variant.name, "source": variant.kernel.cache_key,
         "signature": list(variant.signature.items()), "constants": dict(variant.constants),
         "divisible": variant.divisible, "arch": arch, "shared": MAX_SHARED[arch], "triton": _triton_version(),
-        "ptxas": backend.hash(), "options": backend.parse_options(_options(variant)).hash(),
-        "environment": get_cache_invalidating_env_vars(),
+        "ptxas": backend.hash(), "assembled": assemble.VERSION, "environment": get_cache_invalidating_env_vars(),
+        "options": backend.parse_options(_options(variant)).hash(),
     }
     return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
 
@@ -255,7 +256,9 @@ def _start_worker(scratch: str) -> None:
     """In a new process: keep every temporary file in `scratch`, and the names of files out of the code."""
     from triton import knobs
 
+    assemble.fix_addresses()
     tempfile.tempdir = scratch
+    knobs.runtime.add_stages_inspection_hook = assemble.use
     knobs.cache.dir = scratch
     knobs.compilation.always_compile = True
     knobs.compilation.disable_line_info = True

@@ -150,6 +150,26 @@ def test_another_checkout_gives_the_same_bytes(built: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_a_large_kernel_assembles_to_the_same_bytes(tmp_path: Path) -> None:
+    """ptxas by itself makes others of this one from run to run, and with other paths and limits."""
+    ptx = tmp_path / "attention.ptx"
+    run_python("from pathlib import Path\nfrom kernels import aot\n"
+               "variant = aot.variants_of('attention')['attention_fp32_d80_64x32_tf32x3_w8_s2']\n"
+               f"Path({str(ptx)!r}).write_bytes(aot.compile_variant(variant, 90)[1]['ptx'])")
+    code = ("import hashlib, pathlib, resource, sys, tempfile\nfrom kernels import assemble\n"
+            "stack = resource.RLIMIT_STACK\n"
+            "resource.setrlimit(stack, (int(sys.argv[3]), resource.getrlimit(stack)[1]))\n"
+            "tempfile.tempdir = sys.argv[2]\nassemble.fix_addresses() or sys.exit('addresses are not fixed')\n"
+            "print(hashlib.sha256(assemble.assemble(pathlib.Path(sys.argv[1]).read_text(), 90)).hexdigest())")
+    deep = tmp_path / ("long" * 25) / ("long" * 25)
+    deep.mkdir(parents=True)
+    made = {subprocess.run([sys.executable, "-c", code, ptx, directory, str(stack)], cwd=ROOT, check=True, text=True,
+                           env=environment(PAD="x" * pad), stdout=subprocess.PIPE).stdout
+            for directory, stack, pad in ((tmp_path, 8 << 20, 0), (deep, 8 << 20, 0), (tmp_path, 4 << 20, 5000))}
+    assert len(made) == 1
+
+
+@pytest.mark.slow
 def test_a_change_in_what_a_kernel_calls_is_compiled_again(built: Path, cache: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     source = tmp_path / "kernels" / "to_image.py"
