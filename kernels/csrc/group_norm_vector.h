@@ -206,17 +206,14 @@ void statistics(const latentrt_group_norm_args& args, int64_t begin, int64_t end
         const Type* x = static_cast<const Type*>(args.x) + (block.image * args.positions + block.first) * args.channels;
         Moments* to = partial + unit * args.groups;
         SameSize group;
-        constexpr int kColumns = 4;
-        int64_t width = kColumns * kW;
-        for (int64_t c = 0; c < args.channels; c += width) {
-            alignas(64) float mean[kColumns * kW], m2[kColumns * kW];
-            if (args.channels - c >= width) {
-                channel_moments<T, kColumns>(x + c, args.channels, block.rows, width, mean, m2);
-            } else {
-                width = kW;
-                channel_moments<T, 1>(x + c, args.channels, block.rows, args.channels - c, mean, m2);
-            }
-            for (int64_t i = 0; i < width && c + i < args.channels; i++) {
+        constexpr int kColumns = 4, kWide = kColumns * kW;
+        for (int64_t c = 0, width; c < args.channels; c += width) {
+            alignas(64) float mean[kWide], m2[kWide];
+            const int64_t left = args.channels - c;
+            width = left >= kWide ? kWide : left < kW ? left : kW;
+            if (width == kWide) channel_moments<T, kColumns>(x + c, args.channels, block.rows, width, mean, m2);
+            else channel_moments<T, 1>(x + c, args.channels, block.rows, width, mean, m2);
+            for (int64_t i = 0; i < width; i++) {
                 group.add(mean[i], m2[i]);
                 if ((c + i + 1) % per_group == 0) {
                     *to++ = group.merged(per_group, block.rows);
