@@ -1,4 +1,4 @@
-"""`python -m benchmarks {quality,unet,kernels}`: what is reached, measured side by side in one run."""
+"""`python -m benchmarks {quality,unet,pipeline,kernels}`: what is reached, measured side by side in one run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 
 from engines import EngineError
 from engines.interrupt import interruptible
+from export import ExportError
 
 COMMANDS = {
     "quality": "pictures: does each hold what its caption asks for?",
-    "unet": "UNet steps: our engines beside diffusers and OpenVINO's own runtime",
+    "unet": "UNet steps: our engines beside diffusers, torch.compile, OpenVINO and ONNX Runtime",
+    "pipeline": "prompt to picture: our engines beside diffusers and torch.compile",
     "kernels": "kernels: ours, torch's own, torch.compile's and the physical limit",
 }
 """A module each, imported when it is asked for: kernels are measured on machines that have nothing else installed."""
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             return module.run(args)
     except KeyboardInterrupt:
         return 130
-    except (EngineError, ValueError, OSError) as e:
+    except (EngineError, ExportError, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
 

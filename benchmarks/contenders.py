@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cases
+from benchmarks import cases, measure
 from kernels import attention, geglu, group_norm, guidance_step, layer_norm, native, step_table, to_image
 from tests.kernel_cases import DTYPES
 from tests.kernel_cases import FLOOR as GPU_FLOOR
@@ -68,7 +68,7 @@ class Bench:
         source = torch.ones(self.moved // 2, dtype=torch.uint8, device=device)
         found = {"copy": Contender(lambda source, out: out.copy_(source), (source, torch.empty_like(source)))}
         if self.flops:
-            found["matmul"] = Contender(torch.matmul, _matrices(matmul_size(device.type), dtype, device))
+            found["matmul"] = Contender(torch.matmul, _matrices(measure.MATRIX_SIDE[device.type], dtype, device))
         return found
 
     def verify(self, got: torch.Tensor, framework: torch.Tensor) -> None:
@@ -79,9 +79,9 @@ class Bench:
             different = int((got != truth).sum())
             assert not different, f"{different} of {truth.numel()} bytes differ from the reference, expected none"
             return
-        for name, measure in (("RMS", _rms), ("largest", _largest)):
-            ours, theirs = measure(got.double() - truth), measure(framework.double() - truth)
-            limit = 2 * theirs + self.floor * measure(truth)
+        for name, norm in (("RMS", _rms), ("largest", _largest)):
+            ours, theirs = norm(got.double() - truth), norm(framework.double() - truth)
+            limit = 2 * theirs + self.floor * norm(truth)
             assert ours <= limit, f"{name} error {ours:.3g}, expected at most {limit:.3g} (torch's is {theirs:.3g})"
 
 
@@ -125,11 +125,6 @@ def make(op: str, case: Any, dtype: str, setting: Setting) -> Bench:
     """The contenders for one shape; `torch.compile` starts afresh, so that it compiles for this shape alone."""
     torch.compiler.reset()
     return MAKERS[op](case, dtype, setting)
-
-
-def matmul_size(device: str) -> int:
-    """Side of the square matrices whose product gives the matrix rate."""
-    return 8192 if device == "cuda" else 2048
 
 
 @functools.cache

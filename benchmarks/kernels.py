@@ -71,9 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"CPU: instruction sets of our kernels, some of {', '.join(ISAS)} (default: the best)")
     parser.add_argument("--torch-isa", choices=list(TORCH_LIMITS), metavar="NAME",
                         help=f"CPU: hold torch to an instruction set too, one of {', '.join(TORCH_LIMITS)}")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU: of everyone (default: all cores)")
+    parser.add_argument("--threads", type=measure.positive, metavar="N", help="CPU: of everyone (default: all cores)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, seconds a shape")
-    parser.add_argument("--rounds", type=_positive, default=30, help="timed samples of each (default %(default)s)")
+    parser.add_argument("--rounds", type=measure.positive, default=30,
+                        help="timed samples of each (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=15, metavar="S",
                         help="fewer rounds, but at least 3, where a shape would take longer (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE",
@@ -212,13 +213,11 @@ def _relative_rms(got: Any, expected: Any) -> float:
 
 def _figures(bench: Bench, spreads: dict[str, dict[str, float]], device: str) -> dict[str, dict[str, Any]]:
     """For each of ours: rate, limit and share of it, fastest peer and ratio to it."""
-    from benchmarks.contenders import matmul_size
-
     if not spreads:
         return {}
     limits = {"copy": spreads["copy"]["p20"]}
     if bench.flops:
-        limits["matmul"] = spreads["matmul"]["p20"] * bench.flops / (2 * matmul_size(device) ** 3)
+        limits["matmul"] = spreads["matmul"]["p20"] * bench.flops / (2 * measure.MATRIX_SIDE[device] ** 3)
     bound = max(limits, key=lambda name: limits[name])
     peers = {name: spreads[name]["median"] for name in bench.peers if name in spreads}
     figures: dict[str, dict[str, Any]] = {}
@@ -322,9 +321,3 @@ def _row(result: dict[str, Any], name: str, op: str, peers: list[str], scale: fl
 def _reason(e: Exception) -> str:
     lines = str(e).strip().splitlines()
     return f"{type(e).__name__}: {lines[0][:200] if lines else 'no message'}"
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return int(text)

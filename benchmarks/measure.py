@@ -1,10 +1,12 @@
-"""What every benchmark shares: the machine it ran on, medians with spread, and tables."""
+"""What every benchmark shares: the machine it ran on, medians with spread, memory, tables, and types of options."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 
 LIBRARIES = ("latentrt", "numpy", "onnxruntime", "openvino", "torch", "triton", "diffusers", "transformers")
+MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
+"""Of the square matrices whose product gives a device's matrix rate."""
 
 
 def machine() -> dict[str, Any]:
@@ -38,6 +42,33 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "p20": float(p20), "p80": float(p80), "runs": len(seconds)}
 
 
+def peak_memory() -> int:
+    """Bytes of resident memory that this process has had at most, mapped files included.
+
+    Linux's own figure for the program that runs; getrusage's would include what the parent had when it started this.
+    """
+    return _kilobytes("/proc/self/status", "VmHWM") * 1024
+
+
+def free_memory() -> int:
+    """Bytes that a new process can have without swapping."""
+    return _kilobytes("/proc/meminfo", "MemAvailable") * 1024
+
+
+def size(text: str) -> tuple[int, int]:
+    """Type of an option HxW: (height, width)."""
+    if not (found := re.fullmatch(r"(\d+)x(\d+)", text)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH such as 512x768")
+    return int(found[1]), int(found[2])
+
+
+def positive(text: str) -> int:
+    """Type of an option that counts."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of one set of keys as aligned text columns."""
     heads = list(rows[0])
@@ -52,6 +83,11 @@ def write_json(path: Path, data: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
     temporary.replace(path)
+
+
+def _kilobytes(file: str, name: str) -> int:
+    lines = Path(file).read_text(encoding="utf8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def _versions() -> dict[str, str]:

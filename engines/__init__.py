@@ -13,17 +13,23 @@ from typing import Any
 from engines.bundle import Bundle
 from engines.spec import Engine, EngineConfig, EngineError, TensorSpec
 
-BACKENDS = {"onnxruntime": "engines.onnxruntime", "openvino": "engines.openvino"}
+BACKENDS = {"onnxruntime": "engines.onnxruntime", "openvino": "engines.openvino",
+            "tensorrt": "engines.tensorrt:ENTERPRISE", "tensorrt-rtx": "engines.tensorrt:RTX"}
 
 __all__ = ["BACKENDS", "Bundle", "Engine", "EngineConfig", "EngineError", "TensorSpec", "backend", "build", "build_all",
            "load"]
 
 
 def backend(name: str) -> Any:
-    """The module of a backend, see `engines.store` for what it holds. Raises EngineError for an unknown name."""
+    """A backend: its module, or the object of it after the colon. See `engines.store` for what it holds.
+
+    Raises EngineError for an unknown name.
+    """
     if name not in BACKENDS:
         raise EngineError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    return importlib.import_module(BACKENDS[name])
+    module, _, attribute = BACKENDS[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def load(bundle: Bundle, component: str, config: EngineConfig) -> Engine:

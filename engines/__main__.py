@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   python -m engines list sd15.bundle                            and the engines of a bundle
   python -m engines build sd15.bundle --backend openvino --dtype bf16
   python -m engines build sd15.bundle --backend onnxruntime --size 512x512 768x512 --batch 1 4
+  python -m engines build sd15.bundle --backend tensorrt-rtx --device sm_89 --dtype auto
   python -m engines inspect sd15.bundle                         components, shapes, provenance
   python -m engines verify sd15.bundle                          hash every file, compare every engine again
 """
@@ -103,7 +104,7 @@ def _verify(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     found = [_verify_files(bundle)]
     for path in store.engine_directories(bundle):
-        if options.backend is None or f"-{options.backend}-" in path.name:
+        if options.backend in (None, _backend_of(path)):
             found.append(_verify_engine(bundle, path))
     if options.json:
         print(json.dumps(found, indent=1))
@@ -130,6 +131,8 @@ def _verify_engine(bundle: Bundle, path: Path) -> dict[str, Any]:
         if why := store.stale(bundle, record):
             return {**result, "figures": f"stale, not used: {why}"}
         store.verify_files(bundle, path, record)
+        if missing := engines.backend(record.config.backend).runnable(record.config):
+            return {**result, "figures": f"not checked: {missing}"}
         check = verify.check(bundle, record.component, record.config, path)
         figures = "" if check.reference == verify.ITSELF else f", {check.rel_rms:.1e} rel. RMS, {check.max_abs:.1e} max"
         return {**result, "figures": f"ok{figures} (reference: {check.reference})", "check": asdict(check)}
@@ -138,9 +141,14 @@ def _verify_engine(bundle: Bundle, path: Path) -> dict[str, Any]:
 
 
 def _record(bundle: Bundle, path: Path) -> store.Record:
-    backend = next((name for name in engines.BACKENDS if f"-{name}-" in path.name), "BACKEND")
-    command = f"python -m engines build {bundle.path} --backend {backend} --rebuild"
+    command = f"python -m engines build {bundle.path} --backend {_backend_of(path)} --rebuild"
     return store.Record.read(path, f"build it again: {command}")
+
+
+def _backend_of(path: Path) -> str:
+    """By the engine's name, COMPONENT-BACKEND-KEY: its record may be damaged."""
+    name = path.name.rpartition("-")[0]
+    return next((backend for backend in engines.BACKENDS if name.endswith(f"-{backend}")), "BACKEND")
 
 
 def _backend(name: str) -> dict[str, str | None]:
@@ -259,7 +267,8 @@ def _parser() -> argparse.ArgumentParser:
                      help="precision to compute in; auto is the backend's choice for this machine (default: fp32)")
     sub.add_argument("--component", nargs="+", default=(), metavar="NAME", help="only these components")
     sub.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: the physical cores)")
-    sub.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
+    sub.add_argument("--device", default="cpu", metavar="NAME",
+                     help="cpu, cuda:N or, for a GPU that is elsewhere, its architecture such as sm_89 (default: cpu)")
     sub.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the backend")
     sub.add_argument("--rebuild", action="store_true", help="build again what is already there")
     sub.add_argument("--no-check", action="store_true", help="skip the comparison with the reference")

@@ -23,7 +23,7 @@ from engines.spec import EngineConfig, EngineError, TensorSpec
 PIP = "pip install onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 SOURCES = ("onnxruntime.py", "onnx_file.py", "widen.py")
-READS_ONNX = True
+ON_GPU = False
 WIDENED = "widened.onnx"
 
 
@@ -53,6 +53,16 @@ def versions(config: EngineConfig | None = None) -> dict[str, str]:
     if config is None or config.device == "cpu":
         return {**found, **describe()}
     return {**found, "provider": _provider(config)[0], "build": ort.get_build_info(), "gpu": _gpu_name()}
+
+
+def runnable(config: EngineConfig) -> str | None:
+    """None: an engine that was built here runs here."""
+    return None
+
+
+def reads_onnx(config: EngineConfig) -> bool:
+    """Whether `load` reads the bundle's ONNX files."""
+    return True
 
 
 def build(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:

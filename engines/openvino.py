@@ -1,7 +1,7 @@
 """OpenVINO on CPUs, in bfloat16 where the CPU has it.
 
-Its ONNX reader turns the standard's Attention into ScaledDotProductAttention; where our C++ kernels are built, in fp32
-and bf16, that becomes their attention (`--option attention=openvino` keeps the plugin's). A model is compiled anew at
+Where our C++ kernels are built, attention and group norm with SiLU are theirs, in fp32 and bf16 (`--option
+attention=openvino` and `--option norm=openvino` keep the plugin's). A model is compiled anew at
 every load: an exported blob holds the weights in full and imports no faster than the ONNX file compiles
 (`docs/engines.md` has the figures).
 
@@ -23,15 +23,17 @@ from engines.buffers import check_array, check_names, resolve
 from engines.bundle import Component
 from engines.cpu import describe
 from engines.onnx_file import convert
-from engines.openvino_passes import cut_angles, own_attention, replace, widen
+from engines.openvino_passes import cut_angles, own_attention, own_group_norm, replace, widen
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from kernels import native
 
 PIP = "pip install openvino"
 PRECISION = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 SOURCES = ("openvino.py", "openvino_passes.py", "onnx_file.py")
-ATTENTION = ("latentrt", "openvino")
-READS_ONNX = True
+KERNELS = {"attention": ("Attention", own_attention), "norm": ("GroupNormSilu", own_group_norm)}
+"""Option that chooses whose kernel → our op, and the pass that puts it in the graph."""
+
+ON_GPU = False
 
 
 def available() -> str | None:
@@ -55,8 +57,18 @@ def dtypes() -> tuple[str, ...]:
 
 def versions(config: EngineConfig | None = None) -> dict[str, str]:
     """What a cached engine depends on beside files and config."""
-    own = config is not None and _attention(config) == "latentrt"
+    own = config is not None and any(_ours(config, kind) for kind in KERNELS)
     return {"openvino": _vendor().get_version(), **({"kernels": native.fingerprint()} if own else {}), **describe()}
+
+
+def runnable(config: EngineConfig) -> str | None:
+    """None: an engine that was built here runs here."""
+    return None
+
+
+def reads_onnx(config: EngineConfig) -> bool:
+    """Whether `load` reads the bundle's ONNX files."""
+    return True
 
 
 def build(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
@@ -66,7 +78,8 @@ def build(onnx: Path, component: Component, config: EngineConfig, directory: Pat
     if config.dtype not in dtypes():
         raise EngineError(f"openvino: got dtype {config.dtype}, but {describe()['cpu']} computes in "
                           f"{', '.join(dtypes())}; pass --dtype fp32")
-    _attention(config)
+    for kind in KERNELS:
+        _ours(config, kind)
 
 
 def load(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> OpenVinoEngine:
@@ -74,15 +87,15 @@ def load(onnx: Path, component: Component, config: EngineConfig, directory: Path
     return OpenVinoEngine(onnx, component, config)
 
 
-def _attention(config: EngineConfig) -> str:
-    """Whose attention an engine computes with."""
-    wanted = config.options.get("attention")
+def _ours(config: EngineConfig, kind: str) -> bool:
+    """Whether an engine computes with our kernel of this kind, or with OpenVINO's."""
+    wanted = config.options.get(kind)
     missing = _extension_missing()
-    if wanted not in (None, *ATTENTION):
-        raise EngineError(f"option attention: got {wanted!r}, expected one of {', '.join(ATTENTION)}")
+    if wanted not in (None, "latentrt", "openvino"):
+        raise EngineError(f"option {kind}: got {wanted!r}, expected one of latentrt, openvino")
     if wanted == "latentrt" and (missing or config.dtype == "fp16"):
-        raise EngineError(f"option attention: {missing or 'got dtype fp16, expected fp32 or bf16'}")
-    return wanted or ("openvino" if missing or config.dtype == "fp16" else "latentrt")
+        raise EngineError(f"option {kind}: {missing or 'got dtype fp16, expected fp32 or bf16'}")
+    return wanted == "latentrt" or (wanted is None and not missing and config.dtype != "fp16")
 
 
 @functools.cache
@@ -147,9 +160,10 @@ class OpenVinoEngine:
                 widen(ov, model)
             model.reshape({name: list(spec.shape) for name, spec in self.inputs.items()})
             self._check(model)
-            if _attention(self._config) == "latentrt":
-                core.add_extension(str(native.openvino_extension()))
-                own_attention(ov, model, _own_op(), bf16=self._config.dtype == "bf16")
+            for kind, (op, put) in KERNELS.items():
+                if _ours(self._config, kind):
+                    core.add_extension(str(native.openvino_extension()))
+                    put(ov, model, _own_op(op), bf16=self._config.dtype == "bf16")
             angles = cut_angles(ov, model) if self._config.dtype != "fp32" else None
             body = core.compile_model(model, "CPU", self._properties(self._config.dtype)).create_infer_request()
             if angles is None:
@@ -166,7 +180,7 @@ class OpenVinoEngine:
             properties["EXECUTION_MODE_HINT"] = "ACCURACY"
         if self._config.threads:
             properties["INFERENCE_NUM_THREADS"] = self._config.threads
-        return {**properties, **{name: v for name, v in self._config.options.items() if name != "attention"}}
+        return {**properties, **{name: v for name, v in self._config.options.items() if name not in KERNELS}}
 
     def _check(self, model: Any) -> None:
         for kind, ports, specs in (("inputs", model.inputs, self.inputs), ("outputs", model.outputs, self.outputs)):
@@ -178,13 +192,13 @@ class OpenVinoEngine:
                                   "export the bundle again")
 
 
-def _own_op() -> Callable[..., Any]:
-    """Makes nodes of our Attention."""
+def _own_op(name: str) -> Callable[..., Any]:
+    """Makes nodes of one of our ops, from inputs and attributes."""
     from openvino.utils.node_factory import NodeFactory
 
     factory = NodeFactory("opset13")
     factory.add_extension(str(native.openvino_extension()))
-    return lambda inputs, attributes: factory.create("Attention", inputs, attributes)
+    return lambda inputs, attributes: factory.create(name, inputs, attributes)
 
 
 def _names(compiled: Any) -> set[str]:

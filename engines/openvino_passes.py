@@ -44,6 +44,48 @@ def own_attention(ov: Any, model: Any, attention: Callable[..., Any], *, bf16: b
     return count
 
 
+def own_group_norm(ov: Any, model: Any, group_norm: Callable[..., Any], *, bf16: bool) -> int:
+    """Replace group norm, with the SiLU that may follow, by ours; returns at how many sites.
+
+    before   x ─▶ GroupNormalization ─▶ Sigmoid, Multiply ─▶ …
+    after    x ─▶ Transpose ─▶ GroupNormSilu ─▶ Transpose ─▶ …    channels last, as the plugin's convolutions have them
+
+    The plugin sees that the transpositions move nothing, and no longer converts between the layouts of its own group
+    norm and of its convolutions. group_norm, bf16: as for own_attention.
+    """
+    opset, count = ov.opset13, 0
+    for op in [op for op in model.get_ordered_ops() if op.get_type_name() == "GroupNormalization"]:
+        x, weight, bias = op.input_values()
+        silu, rank = _silu(op), len(x.get_shape())
+        to_last, to_first = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
+        y = opset.transpose(x, opset.constant(np.array(to_last)))
+        if bf16:
+            y = opset.convert(y, "bf16")
+        attributes = {"groups": op.get_attributes()["num_groups"], "eps": op.get_attributes()["epsilon"],
+                      "silu": silu is not None, "channels_last": True}
+        y = group_norm([y.output(0), weight, bias], attributes)
+        if bf16:
+            y = opset.convert(y, "f32")
+        y = opset.transpose(y, opset.constant(np.array(to_first)))
+        (silu or op).output(0).replace(y.output(0))
+        count += 1
+    if count:
+        model.validate_nodes_and_infer_types()
+    return count
+
+
+def _silu(op: Any) -> Any:
+    """The node that ends op · sigmoid(op), where nothing else reads `op`; else None."""
+    users = {target.get_node().get_type_name(): target.get_node() for target in op.output(0).get_target_inputs()}
+    if set(users) == {"Swish"} and len(op.output(0).get_target_inputs()) == 1:
+        return users["Swish"]
+    if set(users) == {"Multiply", "Sigmoid"} and len(op.output(0).get_target_inputs()) == 2:
+        factors = {value.get_node().get_friendly_name() for value in users["Multiply"].input_values()}
+        if factors == {op.get_friendly_name(), users["Sigmoid"].get_friendly_name()}:
+            return users["Multiply"]
+    return None
+
+
 def _scale(rest: Sequence[Any]) -> float | None:
     """The factor of the scores, 0 for the usual one; None where there is a mask, or a factor known only at run time."""
     mask, scale = ([_number(value) for value in rest] + [0.0, 0.0])[:2]

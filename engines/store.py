@@ -2,7 +2,9 @@
 
 A backend module holds: `available()`, `devices()`, `dtypes()`, `versions(config)` (all that its engines depend on
 beside files and config), `build(onnx, component, config, directory)`, `load(onnx, component, config, directory)`,
-`SOURCES` (our files that shape its engines) and `READS_ONNX` (whether `load` reads the bundle's ONNX files).
+`runnable(config)` (None where this machine can run the engine, else why not), `reads_onnx(config)` (whether `load`
+reads the bundle's ONNX files), `SOURCES` (our files that shape its engines) and `ON_GPU` (its engines are for a GPU and
+compute in the precision of the graph). An engine with an attribute `gpu` runs on the GPU of that number.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import engines
 from engines import verify
 from engines.bundle import Bundle, Check, hash_file, hash_files, parse
-from engines.publish import BusyError, publish
+from engines.publish import BusyError, publish, user_cache
 from engines.spec import Engine, EngineConfig, EngineError
 
 FORMAT = 1
@@ -91,7 +93,7 @@ def build(bundle: Bundle, component: str, config: EngineConfig, *, rebuild: bool
     """Build, check and publish one engine; returns its directory. One that is there is returned unless `rebuild`.
 
     Waits for another process that is building the same. Raises EngineError where the backend cannot build it or it is
-    over tolerance; nothing is published then.
+    over tolerance; nothing is published then. One for a GPU that is not in this machine cannot be checked and says so.
     """
     if not rebuild and (found := find(bundle, component, config)):
         return found
@@ -116,8 +118,8 @@ def build_all(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] 
     """Build every engine that the runtime uses for pictures of `sizes` (height, width; default the bundle's own).
 
     Denoisers are built for `batch` rows and, negative prompts first, 2·`batch`; text encoders and VAEs do not depend
-    on it. dtype "auto" is what the backend prefers on this machine. rest: further fields
-    of EngineConfig. Raises ValueError for a size that the model cannot draw.
+    on it. dtype "auto" is what the backend prefers on this machine, and on a GPU that of the graph. rest: further
+    fields of EngineConfig. Raises ValueError for a size that the model cannot draw.
     """
     from tqdm import tqdm
 
@@ -133,14 +135,14 @@ def build_all(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] 
 def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (), batches: Sequence[int] = (1,),
          dtype: str = "fp32", components: Sequence[str] = (), **rest: Any) -> list[tuple[str, EngineConfig]]:
     """(component, config) of every engine that `build_all` builds, each once."""
-    if dtype == "auto":
-        dtype = engines.backend(backend).dtypes()[0]
+    module = engines.backend(backend)
     jobs: list[tuple[str, EngineConfig]] = []
     for height, width in sizes or (bundle.manifest.default_size,):
         bundle.check_size(height, width)
         for name in components or bundle.manifest.components:
+            own = dtype if dtype != "auto" else bundle.component(name).dtype if module.ON_GPU else module.dtypes()[0]
             for count in sorted({count for batch in batches for count in _row_counts(name, batch)}):
-                config = bundle.config(name, backend=backend, height=height, width=width, batch=count, dtype=dtype,
+                config = bundle.config(name, backend=backend, height=height, width=width, batch=count, dtype=own,
                                        **rest)
                 if (name, config) not in jobs:
                     jobs.append((name, config))
@@ -155,8 +157,7 @@ def find(bundle: Bundle, component: str, config: EngineConfig) -> Path | None:
 
 def roots(bundle: Bundle) -> tuple[Path, Path]:
     """Where engines of a bundle may be: in it, or in the user's cache when the bundle is read-only."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return bundle.path / "engines", cache / "latentrt" / hash_file(bundle.path / "manifest.json")[:12]
+    return bundle.path / "engines", user_cache() / hash_file(bundle.path / "manifest.json")[:12]
 
 
 def engine_directories(bundle: Bundle) -> Iterator[Path]:
@@ -198,7 +199,7 @@ def stale(bundle: Bundle, record: Record) -> str | None:
 
 def verify_files(bundle: Bundle, path: Path, record: Record) -> None:
     """Hash what loading this engine reads. Raises EngineError naming the file and the command that makes it again."""
-    if engines.backend(record.config.backend).READS_ONNX:
+    if engines.backend(record.config.backend).reads_onnx(record.config):
         bundle.verify(bundle.component(record.component).files)
     for name, expected in record.files.items():
         file = path / name
@@ -242,7 +243,9 @@ def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: b
         module.build(bundle.path / spec.file, spec, config, temporary)
         seconds = time.perf_counter() - start
         bar.update()
-        figures = verify.check(bundle, name, config, temporary) if check else None
+        if missing := module.runnable(config):
+            log.warning("%s: built, not checked: %s", name, missing)
+        figures = verify.check(bundle, name, config, temporary) if check and not missing else None
         bar.update()
         written = sorted(str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file())
         files = hash_files(temporary, written)

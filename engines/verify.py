@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import engines
+from engines import gpu
 from engines.bundle import Bundle, Check, Component
 from engines.spec import Engine, EngineConfig, EngineError, TensorSpec
 
@@ -76,12 +77,18 @@ def inputs(specs: Iterable[TensorSpec], seed: int) -> dict[str, np.ndarray]:
 
 
 def run(engine: Engine, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One run of an engine on buffers of its own; outputs start as NaN, so one left unwritten is noticed."""
+    """One run of an engine on buffers of its own; outputs start as NaN, so one left unwritten is noticed.
+
+    An engine that says which GPU it runs on (`gpu`, its number) gets them there.
+    """
     outputs = {name: spec.empty() for name, spec in engine.outputs.items()}
     for array in outputs.values():
         array.fill(np.nan if array.dtype.kind == "f" else 0)
-    engine.bind({**feed, **outputs})
-    engine.enqueue()
+    if (number := getattr(engine, "gpu", None)) is not None:
+        gpu.run(engine, number, feed, outputs)
+    else:
+        engine.bind({**feed, **outputs})
+        engine.enqueue()
     return outputs
 
 

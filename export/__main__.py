@@ -11,7 +11,7 @@ from pathlib import Path
 import engines
 from engines.bundle import Bundle
 from engines.interrupt import interruptible
-from engines.spec import DTYPES, EngineError
+from engines.spec import DTYPES, EngineConfig, EngineError
 from export import FAMILIES, ExportError, export
 
 EXAMPLES = """
@@ -20,6 +20,8 @@ examples:
   python -m export v1-5-pruned.safetensors -o sd15.bundle               one file in the original layout
   python -m export 512-base-ema.ckpt -o sd2.bundle --config sd2-base    a 2.x model that predicts epsilon
   python -m export my-model -o my.bundle --dtype fp16                   half the size, for GPUs
+  python -m export my-model -o my.bundle --backend tensorrt-rtx --gpu sm_89
+                                                                        engines for a GPU that need not be here
   python -m export my-model -o my.bundle --backend openvino --size 512x512 768x512 --batch 1 4
                                                                         build engines for these sizes too
 
@@ -53,15 +55,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> Bundle:
     build = options.backend or ("auto" if options.size or options.batch else "none")
-    if build != "none":
+    dtype = options.dtype if options.dtype != "auto" else "fp16" if options.gpu else "fp32"
+    device = "cpu"
+    if build != "none":  # before the long part: a missing backend, or a GPU it has no code for, shows at once
         from engines.choice import choose
 
-        engine, computes = choose(build, options.dtype)  # before the long part: a missing backend shows at once
-    bundle = export(options.checkpoint, options.output, force=options.force, progress=not options.quiet,
-                    dtype=options.dtype if options.dtype != "auto" else "fp16" if options.gpu else "fp32",
+        engine, computes = choose(build, options.dtype)
+        if engines.backend(engine).ON_GPU:
+            computes, device = dtype, options.gpu or "cuda:0"
+            engines.backend(engine).versions(EngineConfig(engine, dtype, device=device))
+    bundle = export(options.checkpoint, options.output, force=options.force, progress=not options.quiet, dtype=dtype,
                     config=options.config, tokenizer=options.tokenizer)
     if build != "none":
-        engines.build_all(bundle, engine, sizes=options.size or (), batches=options.batch or (1,), dtype=computes)
+        engines.build_all(bundle, engine, sizes=options.size or (), batches=options.batch or (1,), dtype=computes,
+                          device=device)
     return bundle
 
 

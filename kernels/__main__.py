@@ -27,7 +27,7 @@ architectures: sm_75 Turing (T4, RTX 20) · sm_80 A100 · sm_86 RTX 30, A10 · s
 sm_100 B200 · sm_120 RTX 50
 
 No GPU is needed: Triton brings the compilers. Building what is already in the cache takes seconds; the same sources
-give the same bytes on every machine. DIR/sm_90/NAME.json says how to launch NAME.*.cubin, and NAME.*.ptx is the same
+give the same bytes. DIR/sm_90/NAME.json says how to launch NAME.*.cubin, and NAME.*.ptx is the same
 kernel as text.
 """
 

@@ -24,7 +24,9 @@ MAY_IMPORT = {
 }
 OURS = {*MAY_IMPORT, "benchmarks", "models", "tests"}
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "diffusers", "transformers"}
-VENDORS = {"onnxruntime": "engines/onnxruntime.py", "openvino": "engines/openvino.py", "cuda": "kernels/launch.py"}
+VENDORS = {"onnxruntime": "engines/onnxruntime.py", "openvino": "engines/openvino.py",
+           "tensorrt": "engines/tensorrt.py", "tensorrt_rtx_bindings": "engines/tensorrt.py",
+           "cuda": "kernels/launch.py"}
 TRITON = {f"kernels/{name}.py" for name in (
     "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "to_image")}
 SECONDS_TO_IMPORT = 1.0

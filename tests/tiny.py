@@ -1,11 +1,10 @@
-"""Tiny random checkpoints with the layout of real ones, for tests; and one of full Stable Diffusion 1.5 size.
+"""Tiny random checkpoints with the layout of real ones, for tests.
 
 Each builder saves a diffusers folder at `path` and returns `path`. The same call gives the same weights.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusi
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from export.tokenizer import BOS, EOS, clip_tokenizer
+from export.tokenizer import BOS, EOS
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -46,37 +45,6 @@ def sd2(path: str | Path, seed: int = 1, levels: int = 4) -> Path:
     scheduler = DDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
                               steps_offset=1)
     return _save(path, unet, _vae(), _text(width=48, layers=2, act="gelu"), _tokenizer(pad="!"), scheduler)
-
-
-def sd15(path: str | Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
-    """The architecture of Stable Diffusion 1.5 with random weights (2.1 GB in fp16, 4.3 GB in fp32), for benchmarks."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=64, down_block_types=DOWN, up_block_types=UP, block_out_channels=(320, 640, 1280, 1280),
-            layers_per_block=2, cross_attention_dim=768, attention_head_dim=8)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512)
-    text = CLIPTextModel(CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=12, num_attention_heads=12,
-        vocab_size=49408, hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407, pad_token_id=1))
-    generator = torch.Generator().manual_seed(seed)
-    unet, vae = (_fill(nn.Module.to(model, dtype).to_empty(device="cpu"), generator) for model in (unet, vae))
-    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    return _save(path, unet, vae, text.to(dtype), clip_tokenizer(), scheduler)
-
-
-def _fill(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Random weights that keep activations near unit variance; norms become the identity."""
-    for module in model.modules():
-        for name, value in module.named_parameters(recurse=False):
-            if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-                nn.init.constant_(value, float(name == "weight"))
-            elif value.ndim < 2:
-                nn.init.zeros_(value)
-            else:
-                value.data.normal_(std=1 / math.sqrt(value[0].numel()), generator=generator)
-    return model
 
 
 def _vae() -> AutoencoderKL:

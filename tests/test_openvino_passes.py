@@ -1,4 +1,4 @@
-"""Our attention in OpenVINO graphs: put where it computes the same, left out where not, and chosen by option."""
+"""Our kernels in OpenVINO graphs: put where they compute the same, left out where not, and chosen by option."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 
 import engines
 from engines.bundle import Bundle
-from engines.openvino_passes import own_attention
+from engines.openvino_passes import own_attention, own_group_norm
 from engines.spec import EngineError
 from kernels import native
 from tests.tolerances import ENGINE_REL_RMS
@@ -57,7 +57,7 @@ def test_ours_replaces_an_attention_that_it_can_compute(dtype: str, options: dic
         pytest.skip(f"this CPU does not compute in {dtype}")
     model = graph(**options)
     expected = outputs(model, "f32")
-    assert own_attention(ov, model, module._own_op(), bf16=dtype == "bf16") == 1
+    assert own_attention(ov, model, module._own_op("Attention"), bf16=dtype == "bf16") == 1
     kinds = [op.get_type_name() for op in model.get_ordered_ops()]
     assert "Attention" in kinds and "ScaledDotProductAttention" not in kinds
     assert options.get("two_users") or "Transpose" not in kinds
@@ -69,16 +69,49 @@ def test_ours_replaces_an_attention_that_it_can_compute(dtype: str, options: dic
 @pytest.mark.parametrize("options", [{"head_dim": 12}, {"dense_mask": True}, {"mask": 1.0}], ids=str)
 def test_an_attention_that_ours_cannot_compute_stays(options: dict) -> None:
     model = graph(**options)
-    assert own_attention(ov, model, module._own_op(), bf16=False) == 0
+    assert own_attention(ov, model, module._own_op("Attention"), bf16=False) == 0
     assert [op.get_type_name() for op in model.get_ordered_ops()].count("ScaledDotProductAttention") == 1
 
 
+def norm_graph(shape: tuple[int, ...] = (2, 24, 6, 5), *, silu: str = "sigmoid", shared: bool = False) -> Any:
+    """Group norm of [batch, channels, …] in 4 groups, then x · sigmoid(x) as two nodes or one, or something else."""
+    opset, rng = ov.opset13, np.random.default_rng(1)
+    x = opset.parameter(list(shape), name="x")
+    x.output(0).get_tensor().set_names({"x"})
+    weight, bias = (opset.constant(rng.standard_normal(shape[1]).astype(np.float32)) for _ in range(2))
+    y = opset.group_normalization(x, weight, bias, 4, 1e-5)
+    out = {"sigmoid": lambda: opset.multiply(opset.sigmoid(y), y), "swish": lambda: opset.swish(y), "none": lambda: y,
+           "other": lambda: opset.add(opset.sigmoid(y), opset.multiply(y, np.float32(0.5)))}[silu]()
+    return ov.Model([opset.result(out), *([opset.result(opset.relu(y))] if shared else [])], [x], "graph")
+
+
 @needs_extension
-def test_the_option_chooses_whose_attention_an_engine_has(bundles) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(2, 24, 6, 5), (1, 16, 7), (2, 8, 3, 4, 2)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"silu": "swish"}, {"silu": "none"}, {"silu": "other"}, {"shared": True}],
+                         ids=str)
+def test_ours_replaces_a_group_norm(dtype: str, shape: tuple[int, ...], options: dict) -> None:
+    if dtype not in module.dtypes():
+        pytest.skip(f"this CPU does not compute in {dtype}")
+    model = norm_graph(shape, **options)
+    expected = outputs(model, "f32")
+    assert own_group_norm(ov, model, module._own_op("GroupNormSilu"), bf16=dtype == "bf16") == 1
+    kinds = [op.get_type_name() for op in model.get_ordered_ops()]
+    fused = options in ({}, {"silu": "swish"})
+    assert "GroupNormSilu" in kinds and "GroupNormalization" not in kinds
+    assert fused == (not {"Sigmoid", "Swish"} & {*kinds} and options.get("silu") != "none")
+    for got, wanted in zip(outputs(model, module.PRECISION[dtype]), expected, strict=True):
+        assert np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)) < ENGINE_REL_RMS[dtype]
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", list(module.KERNELS))
+def test_the_option_chooses_whose_kernel_an_engine_has(bundles, kind: str) -> None:
     bundle = Bundle.open(bundles["shapes"])
     results = {}
-    for name in module.ATTENTION:
-        config = bundle.config("unet", backend="openvino", height=64, width=64, batch=2, options={"attention": name})
+    for name in ("latentrt", "openvino"):
+        options = dict.fromkeys(module.KERNELS, "openvino") | {kind: name}
+        config = bundle.config("unet", backend="openvino", height=64, width=64, batch=2, options=options)
         engine = engines.load(bundle, "unet", config)
         rng = np.random.default_rng(0)
         buffers = {spec.name: spec.empty() for spec in (*engine.inputs.values(), *engine.outputs.values())}

@@ -1,0 +1,100 @@
+"""What no implementation can beat: the floating-point operations of a model over the machine's measured matrix rate.
+
+Operations are counted as torch.utils.flop_counter does on tensors without memory: matrix products and convolutions, two
+for each multiply-add. An algorithm that needs fewer, such as Winograd's for convolutions, could be faster.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import measure
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def count(module: Any, *inputs: Any, **options: Any) -> int:
+    """Operations of one call of a torch module or function."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs, **options)
+    return counter.get_total_flops()
+
+
+def unet_flops(checkpoint: Path, rows: int, height: int, width: int, tokens: int = 77) -> int:
+    """Of one call with `rows` rows of height x width latents. Only the folder's configuration is read."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    config = _config(checkpoint, "unet")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).eval()
+        return count(unet, torch.empty(rows, config.get("in_channels", 4), height, width), torch.empty(rows),
+                     torch.empty(rows, tokens, config["cross_attention_dim"]))
+
+
+def vae_decoder_flops(checkpoint: Path, images: int, height: int, width: int) -> int:
+    """Of decoding `images` pictures of height x width latents."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    config = _config(checkpoint, "vae")
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config).eval()
+        return count(vae.decode, torch.empty(images, config.get("latent_channels", 4), height, width))
+
+
+def text_encoder_flops(checkpoint: Path, rows: int, tokens: int = 77) -> int:
+    """Of encoding `rows` prompts."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig.from_dict(_config(checkpoint, "text_encoder"))
+    with torch.device("meta"):
+        text = CLIPTextModel(config).eval()
+        return count(text, torch.zeros(rows, tokens, dtype=torch.long))
+
+
+def matrix_seconds(dtype: str) -> float:
+    """Seconds of one square matrix product of side measure.MATRIX_SIDE["cpu"], the fastest of three."""
+    import torch
+
+    n = measure.MATRIX_SIDE["cpu"]
+    a, b = torch.randn(2, n, n).to(getattr(torch, DTYPES[dtype])).unbind()
+    seconds = []
+    for _ in range(4):  # the first wakes the cores
+        start = time.perf_counter()
+        torch.matmul(a, b)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def sample(flops: int) -> dict[str, float]:
+    """One turn: operations of the work, and seconds of a matrix product by dtype."""
+    return {"flops": flops, **{dtype: matrix_seconds(dtype) for dtype in DTYPES}}
+
+
+def combine(samples: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Operations, and by dtype the rate (FLOP/s, at the 20th percentile of the seconds) and the floor in seconds.
+
+    product_seconds keeps every sample in order: whether the machine was as fast from the first round to the last.
+    """
+    if not samples:
+        return {}
+    flops, product = samples[0]["flops"], 2 * measure.MATRIX_SIDE["cpu"] ** 3
+    rates = {dtype: product / float(np.percentile([s[dtype] for s in samples], 20)) for dtype in DTYPES}
+    return {"flops": flops, "flop_per_second": rates,
+            "floor_seconds": {dtype: flops / rate for dtype, rate in rates.items()},
+            "product_seconds": {dtype: [s[dtype] for s in samples] for dtype in DTYPES}}
+
+
+def _config(checkpoint: Path, component: str) -> dict[str, Any]:
+    return json.loads((checkpoint / component / "config.json").read_text(encoding="utf8"))

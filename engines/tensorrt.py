@@ -1,0 +1,303 @@
+"""TensorRT in two flavours: `tensorrt` builds on the GPU that will run it, `tensorrt-rtx` for an RTX GPU anywhere.
+
+Both read the canonical ONNX graph, its dimensions fixed to the config's, and are strongly typed: an engine computes in
+the precision of its graph. `engines/tensorrt_build.py` builds; what is here describes, loads and runs.
+
+Options: refit=true keeps the weights replaceable (TensorRT's REFIT); stripped=true leaves them out of the plan and
+reads them from the ONNX file at load (STRIP_PLAN, with REFIT_IDENTICAL unless refit is asked for);
+optimization_level=0…5; workspace=MiB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import mmap
+import re
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from engines.buffers import check_names, resolve
+from engines.bundle import Component
+from engines.gpu import Gpu, gpus, select
+from engines.onnx_file import convert
+from engines.publish import user_cache
+from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.tensorrt_build import PLAN, Request, build, logger, write_whole
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The config's options, as numbers. workspace: most scratch memory that one layer may take, in MiB."""
+
+    refit: bool = False
+    stripped: bool = False
+    optimization_level: int | None = None
+    workspace: int | None = None
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any]) -> Options:
+        """Raises EngineError for a name or a value that is not one of these."""
+        expected = {"refit": "true or false", "stripped": "true or false", "optimization_level": "0 to 5",
+                    "workspace": "MiB, at least 1"}
+        values: dict[str, Any] = {}
+        for name, value in options.items():
+            if name not in expected:
+                raise EngineError(f"tensorrt: got option {name!r}, expected one of {', '.join(expected)}")
+            text = str(value).lower()
+            if name in ("refit", "stripped"):
+                values[name] = {"true": True, "false": False}.get(text)
+            elif text.isdecimal() and (int(text) <= 5 if name == "optimization_level" else int(text) >= 1):
+                values[name] = int(text)
+            if values.get(name) is None:
+                raise EngineError(f"option {name}: got {value!r}, expected {expected[name]}")
+        return cls(**values)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of TensorRT's BuilderFlags."""
+        flags = ("REFIT",) if self.refit else ("REFIT_IDENTICAL",) if self.stripped else ()
+        return (*flags, "STRIP_PLAN") if self.stripped else flags
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the two as a backend; see `engines.store` for what each of its methods is for."""
+
+    name: str
+    rtx: bool
+    pip: str
+    SOURCES: ClassVar = ("tensorrt.py", "tensorrt_build.py", "onnx_file.py")
+    ON_GPU: ClassVar = True
+
+    def vendor(self) -> Any:
+        """The vendor's package. Raises EngineError with the pip line where it is missing."""
+        try:
+            if self.rtx:
+                import tensorrt_rtx_bindings as trt
+            else:
+                import tensorrt as trt
+        except ModuleNotFoundError as e:
+            raise EngineError(f"backend {self.name}: the package is missing; run: {self.pip}") from e
+        except (ImportError, OSError) as e:
+            raise EngineError(f"backend {self.name}: the package does not load: {e}; install it again: {self.pip}") \
+                from e
+        if not hasattr(trt, "Builder"):  # tensorrt-stubs alone makes `import tensorrt` an empty package
+            raise EngineError(f"backend {self.name}: got type stubs only, expected the package; run: {self.pip}")
+        return trt
+
+    def available(self) -> str | None:
+        """None where engines can be built here, else what to do."""
+        try:
+            self.vendor()
+        except EngineError as e:
+            return str(e)
+        if not self.rtx and not gpus():
+            return (f"backend {self.name}: got no NVIDIA GPU, expected the one that will run the engines; "
+                    "build there, or use tensorrt-rtx for an RTX GPU")
+        return None
+
+    def devices(self) -> list[str]:
+        return [*(f"cuda:{number}" for number in range(len(gpus()))), *(self._architectures() if self.rtx else ())]
+
+    def dtypes(self) -> tuple[str, ...]:
+        """Precisions that a graph may have, the one to prefer first."""
+        return ("fp16", "bf16", "fp32")
+
+    def versions(self, config: EngineConfig | None = None) -> dict[str, str]:
+        """What a cached engine depends on beside files and config. Raises EngineError for a device it cannot be for."""
+        found = {self.name: self.vendor().__version__}
+        if config is None:
+            return found
+        arch, number = self._target(config)
+        here = {} if self.rtx or number is None else dataclasses.asdict(gpus()[number])
+        return {**found, "arch": arch, **here}
+
+    def runnable(self, config: EngineConfig) -> str | None:
+        """None where a GPU of this machine can run the engine, else why not."""
+        arch, number = self._target(config)
+        return None if number is not None else (
+            f"got {', '.join(g.arch for g in gpus()) or 'no NVIDIA GPU'} here, expected {arch}; "
+            "on a machine that has one, run: python -m engines verify BUNDLE")
+
+    def reads_onnx(self, config: EngineConfig) -> bool:
+        """A stripped plan's weights are in the ONNX file."""
+        return Options.read(config.options).stripped
+
+    def build(self, onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
+        """Write the plan and what its builder said. Raises EngineError for what TensorRT refuses."""
+        options = Options.read(config.options)
+        arch, number = self._target(config)
+        if config.dtype != component.dtype:
+            raise EngineError(f"{self.name}: got dtype {config.dtype}, expected {component.dtype}, that of the graph; "
+                              f"pass --dtype {component.dtype}, or export the checkpoint with --dtype {config.dtype}")
+        if not self.rtx and number is None:
+            raise EngineError(f"{self.name} builds where the engine runs: {self.runnable(config)}")
+        shapes = [{s.name: tuple(int(d) for d in s.shape) for s in resolve(specs, config).values()}
+                  for specs in (component.inputs, component.outputs)]
+        cache = "" if self.rtx or number is None else str(self._cache("timing", gpus()[number]))
+        build(Request(self.name, str(onnx), shapes[0], shapes[1], str(directory), arch, number,
+                      config.dtype != "fp32", options.flags, options.optimization_level, options.workspace, cache))
+
+    def load(self, onnx: Path, component: Component, config: EngineConfig, directory: Path) -> TensorRtEngine:
+        """Open the plan on its GPU. Raises EngineError where there is none, or TensorRT refuses the plan."""
+        number = self._target(config)[1]
+        if number is None:
+            raise EngineError(f"{directory.name} does not run on this machine: {self.runnable(config)}")
+        key = json.dumps([component.files, config.to_json()], sort_keys=True)
+        compiled = self._cache(hashlib.sha256(key.encode()).hexdigest()[:12], gpus()[number]) if self.rtx else None
+        return TensorRtEngine(self.vendor(), onnx, component, config, directory, number, compiled)
+
+    def _target(self, config: EngineConfig) -> tuple[str, int | None]:
+        """(architecture, number of the GPU of this machine that has it) for a config's device."""
+        number: int | None
+        here = gpus()
+        if found := re.fullmatch(r"cuda(?::(\d+))?", config.device):
+            number = int(found[1] or 0)
+            if number >= len(here):
+                raise EngineError(f"{self.name}: got device {config.device} on a machine of {len(here)} NVIDIA GPUs, "
+                                  "expected one of its own" + (" or an architecture such as sm_89" if self.rtx else "")
+                                  + "; pass --device, or --gpu when exporting")
+            arch = here[number].arch
+        elif re.fullmatch(r"sm_\d+", config.device):
+            arch = config.device
+            number = next((n for n, gpu in enumerate(here) if gpu.arch == arch), None)
+        else:
+            raise EngineError(f"{self.name}: got device {config.device!r}, expected cuda:N or an architecture such as "
+                              "sm_89; pass --device, or --gpu when exporting")
+        if self.rtx and arch not in self._architectures():
+            raise EngineError(f"{self.name}: got {arch}, expected one of {', '.join(self._architectures())}; "
+                              "use --backend tensorrt on that GPU")
+        return arch, number
+
+    def _architectures(self) -> list[str]:
+        names = self.vendor().ComputeCapability.__members__
+        return sorted((n.replace("SM", "sm_") for n in names if re.fullmatch(r"SM\d+", n)), key=lambda n: int(n[3:]))
+
+    def _cache(self, what: str, gpu: Gpu) -> Path:
+        """A file of this user's for one GPU, driver and library."""
+        words = "-".join((gpu.name, gpu.arch, hashlib.sha256(gpu.driver.encode()).hexdigest()[:8], what))
+        return user_cache() / f"{self.name}-{self.vendor().__version__}" / re.sub(r"[^\w.-]+", "_", words)
+
+
+RTX = Flavour("tensorrt-rtx", True, "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings")
+ENTERPRISE = Flavour("tensorrt", False, "pip install tensorrt-cu13")
+
+
+class TensorRtEngine:
+    """A plan opened on GPU number `gpu`; see `engines.spec.Engine`.
+
+    Its working memory is allocated when it is opened; `enqueue` only launches, so that it can be captured.
+    """
+
+    def __init__(self, trt: Any, onnx: Path, component: Component, config: EngineConfig, directory: Path, gpu: int,
+                 compiled: Path | None) -> None:
+        self.inputs: Mapping[str, TensorSpec] = resolve(component.inputs, config)
+        self.outputs: Mapping[str, TensorSpec] = resolve(component.outputs, config)
+        self.gpu = gpu
+        self._trt, self._onnx, self._log = trt, onnx, logger(trt)
+        self._changed: dict[str, np.ndarray] = {}
+        self._buffers: dict[str, Any] = {}
+        select(gpu)
+        self._runtime = trt.Runtime(self._log)
+        with open(directory / PLAN, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise EngineError(f"{directory / PLAN} does not open: {self._log.why()}")
+        self._check(directory)
+        if Options.read(config.options).stripped:
+            refitter = trt.Refitter(self._engine, self._log)
+            if not trt.OnnxParserRefitter(refitter, self._log).refit_from_file(str(onnx)):
+                raise EngineError(f"{directory / PLAN} does not take its weights from {onnx}: {self._log.why()}")
+        self._context = self._open(compiled)
+
+    def bind(self, buffers: Mapping[str, Any]) -> None:
+        specs = {**self.inputs, **self.outputs}
+        check_names(buffers, specs)
+        for name, spec in specs.items():
+            if not self._context.set_tensor_address(name, _address(spec, buffers[name])):
+                raise EngineError(f"bind {name}: {self._log.why()}")
+        self._buffers = dict(buffers)  # keeps the memory alive while its address is bound
+
+    def enqueue(self, stream: Any = None) -> None:
+        if not self._buffers:
+            raise EngineError("enqueue: no buffers are bound; call bind first")
+        if not self._context.execute_async_v3(0 if stream is None else int(getattr(stream, "handle", stream))):
+            raise EngineError(f"enqueue: {self._log.why()}")
+
+    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+        """See `engines.spec.Engine`; needs the option refit=true, and that nothing is running.
+
+        NVIDIA documents for TensorRT 11.3 that a plan built so may drop the bias of a matrix product. The check when
+        it is built shows that; values given here are not checked again.
+        """
+        changed = {**self._changed, **convert(self._onnx, weights)}
+        if not self._engine.refittable:
+            raise EngineError("refit: this engine keeps its weights; build it with --option refit=true")
+        refitter = self._trt.Refitter(self._engine, self._log)
+        if fixed := sorted(set(changed) - set(refitter.get_all_weights())):
+            raise EngineError(f"refit: got {', '.join(fixed[:3])}, which the build has folded away; build it again")
+        for name, value in changed.items():
+            kind = refitter.get_weights_prototype(name).dtype
+            if not refitter.set_named_weights(name, self._trt.Weights(kind, value.ctypes.data, value.size)):
+                raise EngineError(f"refit {name}: {self._log.why()}")
+        if missing := refitter.get_missing_weights():
+            raise EngineError(f"refit: got {', '.join(sorted(changed))}, expected {', '.join(sorted(missing))} too: "
+                              "TensorRT has merged them")
+        if not refitter.refit_cuda_engine():
+            raise EngineError(f"refit: {self._log.why()}")
+        self._changed = changed
+
+    def _check(self, directory: Path) -> None:
+        engine, trt = self._engine, self._trt
+        for n in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(n)
+            specs = self.inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else self.outputs
+            found = (np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name, tuple(engine.get_tensor_shape(name)))
+            expected = (specs[name].dtype, specs[name].shape) if name in specs else "no such tensor"
+            if found != expected:
+                raise EngineError(f"{directory / PLAN}: {name}: got {found}, expected {expected}; build it again")
+
+    def _open(self, compiled: Path | None) -> Any:
+        """An execution context. TensorRT-RTX compiles kernels; the file saves that to the next process."""
+        if compiled is None:
+            context = self._engine.create_execution_context()
+        else:
+            settings = self._engine.create_runtime_config()
+            cache = settings.create_runtime_cache()
+            if compiled.is_file() and not cache.deserialize(compiled.read_bytes()):
+                log.info("%s is of another driver or version; kernels are compiled again", compiled)
+            settings.set_runtime_cache(cache)
+            context = self._engine.create_execution_context(settings)
+            weakref.finalize(self, lambda: write_whole(compiled, cache.serialize()))
+        if context is None:
+            raise EngineError(f"no execution context: {self._log.why()}")
+        return context
+
+
+def _address(spec: TensorSpec, buffer: Any) -> int:
+    """Address of device memory: a plain number, a cuda.core Buffer, or an array with __cuda_array_interface__."""
+    shape = tuple(int(d) for d in spec.shape)
+    if isinstance(buffer, int):
+        return buffer
+    if array := getattr(buffer, "__cuda_array_interface__", None):
+        found = (np.dtype(array["typestr"]).name, tuple(array["shape"]))
+        if found != (spec.dtype, shape) or array.get("strides") is not None or array["data"][1]:
+            raise EngineError(f"bind {spec.name}: got {found[0]} {list(found[1])}, expected contiguous, writeable "
+                              f"{spec.dtype} {list(shape)}")
+        return int(array["data"][0])
+    needed = math.prod(shape) * np.dtype(spec.dtype).itemsize
+    if not hasattr(buffer, "handle") or getattr(buffer, "size", 0) < needed:
+        raise EngineError(f"bind {spec.name}: got {type(buffer).__name__}, expected device memory of {needed} bytes: "
+                          "an address, a cuda.core Buffer or an array with __cuda_array_interface__")
+    return int(buffer.handle)
