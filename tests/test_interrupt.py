@@ -1,59 +1,46 @@
-"""Ctrl-C in the middle of a library that catches everything."""
+"""Ctrl-C in the middle of a library that catches everything, in processes of their own, without other handlers."""
 
-import os
-import signal
-import threading
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
+BEGIN = """
+import os, signal, threading
 from engines.interrupt import interruptible
 
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
 
-def read_badly() -> None:
-    """As safetensors does: an interrupt becomes an error about the file."""
+def read_badly():  # as safetensors does: an interrupt becomes an error about the file
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        interrupt()
     except KeyboardInterrupt:
         raise OSError("the file could not be read") from None
 
-
-def test_an_interrupt_that_a_library_turned_into_an_error():
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        read_badly()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_an_interrupt_as_it_should_be():
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_an_error_without_an_interrupt_is_itself():
-    with pytest.raises(ZeroDivisionError), interruptible():
-        print(1 / 0)
-    with pytest.raises(OSError, match="read"):
-        read_badly()  # outside: what this file is about
-
-
-def test_others_handlers_stay():
-    """A thread may not set one, and a background job ignores the signal on purpose."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def outcome(block, work):
     try:
-        with interruptible():
-            os.kill(os.getpid(), signal.SIGINT)
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-    raised = []
+        with block:
+            work()
+        return "done"
+    except BaseException as e:
+        return type(e).__name__
+"""
 
-    def work() -> None:
-        try:
-            with interruptible():
-                pass
-        except ValueError as e:
-            raised.append(e)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert not raised
+@pytest.mark.parametrize(("code", "said"), [
+    ("print(outcome(interruptible(), read_badly), signal.getsignal(signal.SIGINT) is signal.default_int_handler)",
+     "KeyboardInterrupt True"),
+    ("print(outcome(interruptible(), interrupt))", "KeyboardInterrupt"),
+    ("print(outcome(interruptible(), lambda: 1 / 0))", "ZeroDivisionError"),
+    ("import contextlib\nprint(outcome(contextlib.nullcontext(), read_badly))", "OSError"),
+    ("signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint(outcome(interruptible(), interrupt))", "done"),
+    ("t = threading.Thread(target=lambda: print(outcome(interruptible(), int)))\nt.start()\nt.join()", "done"),
+], ids=["turned-into-an-error", "plain", "no-interrupt", "without-the-block", "ignored", "thread"])
+def test_interruptible(code: str, said: str) -> None:
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", f"{start}{BEGIN}{code}"], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    assert done.stdout.strip() == said
