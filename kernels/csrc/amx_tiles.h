@@ -54,7 +54,6 @@ struct Sizes {
           depth((args.head_dim + 31) / 32),
           width((args.head_dim + 1 + 15) / 16),
           groups(args.head_dim > 192  ? 8
-                 : args.head_dim > 96 ? 1
                  : args.head_dim > 64 ? 2
                                       : 4) {}
 };
