@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,14 +19,16 @@ from runtime.step import advance, guide
 class Job:
     """One image on its way through the sampler.
 
-    text: float32 [2, tokens, width], negative prompt first. state: float32 [1 + memory, C, h, w], the sample first.
-    row: next row of `table`. cancelled: set when the user's callback asked for it.
+    text: what the UNet reads besides that stays, by input name, float32 [2, …], negative prompt first. time: what it
+    reads of the timestep, float32 [rows of `table`, …]. state: float32 [1 + memory, C, h, w], the sample first. row:
+    next row of `table`. cancelled: set when the user's callback asked for it.
     """
 
     request: Request
     request_index: int
     image: int
-    text: np.ndarray
+    text: Mapping[str, np.ndarray]
+    time: Mapping[str, np.ndarray]
     table: Table
     noise: Generator
     state: np.ndarray
@@ -78,16 +80,17 @@ def _next(waiting: deque[Job]) -> Job | None:
 
 
 def _assemble(engine: BoundEngine, first: int, active: list[tuple[int, Job]], held: list[Job | None]) -> None:
-    """Write sample and timestep of every active slot into both of its rows, and its text where it is new."""
-    sample, timestep = engine.buffers["sample"], engine.buffers["timestep"]
-    text = engine.buffers["encoder_hidden_states"]
+    """Write sample and time of every active slot into both of its rows, and its text where it is new."""
+    sample = engine.buffers["sample"]
     for i, job in active:
         np.multiply(job.latents, np.float32(job.table.input_scale[job.row]), out=sample[first + i])
         sample[i] = sample[first + i]
-        timestep[i] = timestep[first + i] = job.table.timesteps[job.row]
+        for name, values in job.time.items():
+            engine.buffers[name][[i, first + i]] = values[job.row]
         if held[i] is not job:
-            text[i] = job.text[0]
-            text[first + i] = job.text[1]  # without guidance this is the same row
+            for name, values in job.text.items():
+                engine.buffers[name][i] = values[0]
+                engine.buffers[name][first + i] = values[1]  # without guidance this is the same row
             held[i] = job
 
 

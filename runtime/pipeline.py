@@ -25,6 +25,7 @@ from runtime.images import to_uint8
 from runtime.request import Request, Step
 from runtime.tasks import table_of, text_to_image
 from runtime.text import PromptTokenizer
+from runtime.unet import UNet
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Pipeline:
         self.load_seconds = 0.0
         self._progress = progress
         self._engines: dict[tuple[str, int, int, int], BoundEngine] = {}
+        self._unet = UNet(bundle, self._engine, engines.in_parts(bundle, backend))
         self._tokenizers = [PromptTokenizer(bundle.path, spec) for spec in bundle.manifest.text]
 
     @classmethod
@@ -92,7 +94,7 @@ class Pipeline:
         bundle.verify(bundle.manifest.files)
         pipe = cls(bundle, backend=backend, dtype=dtype, size=size, batch=batch, threads=threads, progress=progress)
         with pipe._bar(total=3, desc="load", unit="engine") as bar:
-            for load in (lambda: pipe._engine("text_encoder", 2), lambda: pipe._engine("unet", 2 * batch, *size),
+            for load in (lambda: pipe._engine("text_encoder", 2), lambda: pipe._unet.load(size, 2 * batch),
                          lambda: pipe._engine("vae_decoder", 1, *size)):
                 load()
                 bar.update()
@@ -151,14 +153,14 @@ class Pipeline:
     def _denoise(self, requests: list[Request], texts: np.ndarray) -> list[list[Job]]:
         """Run every image of every request to its last step; sizes in turn, for a static shape holds one size."""
         jobs: list[list[Job]] = [[] for _ in requests]
-        for job in text_to_image(requests, list(texts), self.bundle.manifest):
+        for job in text_to_image(requests, list(texts), self.bundle.manifest, self._unet):
             jobs[job.request_index].append(job)
         sizes = dict.fromkeys(_size(r) for r in requests)
         evaluations = sum(job.table.rows for group in jobs for job in group)
         with self._bar(total=evaluations, desc="denoise", unit="step") as bar:
             for size in sizes:
                 group = [j for r, images in zip(requests, jobs, strict=True) if _size(r) == size for j in images]
-                denoise(partial(self._unet, size), self.batch, group, self._after_step(jobs, bar))
+                denoise(partial(self._unet.step, size), self.batch, group, self._after_step(jobs, bar))
         return jobs
 
     def _after_step(self, jobs: list[list[Job]], bar: tqdm) -> Callable[[Job], None]:
@@ -182,9 +184,6 @@ class Pipeline:
                 images[job.request_index] += _pictures(self.decode(job.latents[None]))
                 bar.update()
         return images
-
-    def _unet(self, size: tuple[int, int], rows: int) -> BoundEngine:
-        return self._engine("unet", rows, *size)
 
     def _engine(self, component: str, batch: int, height: int = 0, width: int = 0) -> BoundEngine:
         """The engine of a static shape, loaded (and built, where need be) at its first use and kept."""
