@@ -56,7 +56,7 @@ def hoist(whole: Path, invariant: Mapping[str, Collection[str]], inputs: Sequenc
         graph = ir.convenience.extract(model.graph, model.graph.inputs, values)
         _end_in_float32(graph)
         read = _save(graph, model, whole, part, given)
-        parts[part] = Part(read, tuple(_spec(value) for value in graph.outputs), count_sites(graph))
+        parts[part] = Part(read, tuple(_spec(value, given) for value in graph.outputs), count_sites(graph))
         given |= {spec.name: spec for spec in parts[part].outputs}
     values = [value for part in cut.values() for value in part]
     graph = ir.convenience.extract(model.graph, [*model.graph.inputs, *values], model.graph.outputs)
@@ -117,10 +117,11 @@ def _start_from_float32(graph: ir.Graph, names: Collection[str | None]) -> None:
             value.dtype = ir.DataType.FLOAT
 
 
-def _spec(value: ir.Value) -> TensorSpec:
-    dims = tuple(d if isinstance(d, int) else d.value for d in value.shape or ())
-    if not dims or None in dims:
-        raise ExportError(f"{value.name}: got shape {value.shape} handed to the body, expected every dimension known")
+def _spec(value: ir.Value, given: Mapping[str, TensorSpec]) -> TensorSpec:
+    dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
+    known = {d for spec in given.values() for d in spec.shape}
+    if unknown := [d for d in dims if isinstance(d, str) and d not in known]:
+        raise ExportError(f"{value.name}: got dimensions {unknown} handed to the body, expected those of the inputs")
     return TensorSpec(str(value.name), "float32", dims)
 
 
