@@ -1,26 +1,33 @@
-"""Which backend `auto` means on this machine, and in which precision."""
+"""Which backend and device `auto` means on this machine, and in which precision."""
 
 from __future__ import annotations
 
 import logging
+import re
 
 import engines
-from engines.spec import DTYPES, EngineError
+from engines.gpu import gpus
+from engines.spec import DTYPES, EngineConfig, EngineError
 
 PREFERENCE = ("openvino", "onnxruntime")  # fastest first, as `python -m benchmarks unet` measures them
 log = logging.getLogger(__name__)
 
 
-def choose(backend: str = "auto", dtype: str = "auto") -> tuple[str, str]:
+def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto") -> tuple[str, str]:
     """(backend, dtype) with "auto" filled in: the fastest backend installed, and the precision it runs best here.
 
+    device: "cpu", or "cuda:N" for a backend of that GPU; "auto" prefers a GPU where there is one and a backend for it.
     Raises EngineError for names that are not known, and where no backend can be used.
     """
     if backend == "auto":
         missing = {name: engines.backend(name).available() for name in PREFERENCE}
-        backend = next((name for name, reason in missing.items() if reason is None), "")
-        if not backend:
+        found = [*_on_gpu(device), *(name for name in missing if missing[name] is None and _is_cpu(device))]
+        if not found and not _is_cpu(device):
+            raise EngineError(f"device: got {device}, expected one that an installed backend runs on; "
+                              "see: python -m engines list")
+        if not found:
             raise EngineError("no engine is installed: " + "; ".join(str(reason) for reason in missing.values()))
+        backend = found[0]
     elif reason := engines.backend(backend).available():
         raise EngineError(reason)
     if dtype == "auto":
@@ -29,3 +36,39 @@ def choose(backend: str = "auto", dtype: str = "auto") -> tuple[str, str]:
         raise EngineError(f"dtype: got {dtype!r}, expected auto or one of {', '.join(DTYPES)}")
     log.info("backend %s, computing in %s", backend, dtype)
     return backend, dtype
+
+
+def device_of(backend: str, device: str = "auto") -> str:
+    """`device` as engines are configured with it: "cpu" or "cuda:N" for "auto" and "cuda".
+
+    Raises EngineError for a CPU where the backend is for GPUs, and for a GPU that is not in this machine.
+    """
+    if not engines.backend(backend).ON_GPU:
+        return "cpu" if device == "auto" else device
+    number = re.fullmatch(r"(?:auto|cuda|cuda:(\d+))", device)
+    if number is None:
+        raise EngineError(f"device: got {device!r}, expected auto or cuda:N, for {backend} runs on NVIDIA GPUs")
+    if int(number[1] or 0) >= len(gpus()):
+        raise EngineError(f"device: got {device}, expected one of this machine's {len(gpus())} NVIDIA GPUs; "
+                          "use a backend of the CPU, such as onnxruntime")
+    return f"cuda:{int(number[1] or 0)}"
+
+
+def _is_cpu(device: str) -> bool:
+    return device == "auto" or device.startswith("cpu")
+
+
+def _on_gpu(device: str) -> list[str]:
+    """The backends that can run on `device`, "auto" for the first GPU of this machine."""
+    if device.startswith("cpu") or not gpus():
+        return []
+    return [name for name in engines.BACKENDS if engines.backend(name).ON_GPU and _runs(name, device)]
+
+
+def _runs(name: str, device: str) -> bool:
+    module = engines.backend(name)
+    try:
+        config = EngineConfig(backend=name, device=device_of(name, device))
+        return module.available() is None and module.runnable(config) is None
+    except EngineError:  # an architecture that it does not know
+        return False

@@ -28,7 +28,8 @@ def text_to_image(requests: Sequence[Request], texts: Sequence[np.ndarray], mani
         assert request.height and request.width and request.seed is not None
         shape = (latent.channels, request.height // latent.factor, request.width // latent.factor)
         table = table_of(request, manifest)
+        given = {"encoder_hidden_states": text}, {"timestep": table.timesteps.astype(np.float32)}
         for image in range(request.count):
             noise = Generator(request.seed + image)
             start = noise.randn(shape) if request.latents is None else request.latents[image]
-            yield Job(request, index, image, text, table, noise, initial_state(table, start))
+            yield Job(request, index, image, *given, table, noise, initial_state(table, start))
