@@ -16,8 +16,11 @@ from engines.spec import Engine, EngineConfig, EngineError, TensorSpec
 BACKENDS = {"onnxruntime": "engines.onnxruntime", "openvino": "engines.openvino",
             "tensorrt": "engines.tensorrt:ENTERPRISE", "tensorrt-rtx": "engines.tensorrt:RTX"}
 
-__all__ = ["BACKENDS", "Bundle", "Engine", "EngineConfig", "EngineError", "TensorSpec", "backend", "build", "build_all",
-           "load"]
+TIME_ROWS = 32
+"""Timesteps that an engine of unet_time takes at once."""
+
+__all__ = ["BACKENDS", "TIME_ROWS", "Bundle", "Engine", "EngineConfig", "EngineError", "TensorSpec", "backend", "build",
+           "build_all", "in_parts", "load"]
 
 
 def backend(name: str) -> Any:
@@ -30,6 +33,11 @@ def backend(name: str) -> Any:
     module, _, attribute = BACKENDS[name].partition(":")
     found = importlib.import_module(module)
     return getattr(found, attribute) if attribute else found
+
+
+def in_parts(bundle: Bundle, name: str) -> bool:
+    """Whether the runtime runs the UNet of a bundle in the parts of `export.hoist` with this backend, or whole."""
+    return backend(name).IN_PARTS and "unet_body" in bundle.manifest.components
 
 
 def load(bundle: Bundle, component: str, config: EngineConfig) -> Engine:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 
 import engines
 from engines.gpu import gpus
 from engines.spec import DTYPES, EngineConfig, EngineError
 
 PREFERENCE = ("openvino", "onnxruntime")  # fastest first, as `python -m benchmarks unet` measures them
+ON_GPU = ("tensorrt", "tensorrt-rtx")  # the same for a GPU
 log = logging.getLogger(__name__)
 
 
@@ -39,19 +39,17 @@ def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto") -> 
 
 
 def device_of(backend: str, device: str = "auto") -> str:
-    """`device` as engines are configured with it: "cpu" or "cuda:N" for "auto" and "cuda".
+    """`device` as engines are configured with it; "auto" is the first GPU that the backend can use here, or the CPU.
 
-    Raises EngineError for a CPU where the backend is for GPUs, and for a GPU that is not in this machine.
+    Raises EngineError where there is neither.
     """
-    if not engines.backend(backend).ON_GPU:
-        return "cpu" if device == "auto" else device
-    number = re.fullmatch(r"(?:auto|cuda|cuda:(\d+))", device)
-    if number is None:
-        raise EngineError(f"device: got {device!r}, expected auto or cuda:N, for {backend} runs on NVIDIA GPUs")
-    if int(number[1] or 0) >= len(gpus()):
-        raise EngineError(f"device: got {device}, expected one of this machine's {len(gpus())} NVIDIA GPUs; "
+    if device != "auto":
+        return "cuda:0" if device == "cuda" else device
+    here = [name for name in engines.backend(backend).devices() if name.startswith(("cpu", "cuda:"))]
+    if not here:
+        raise EngineError(f"device: got none that {backend} runs on, expected an NVIDIA GPU in this machine; "
                           "use a backend of the CPU, such as onnxruntime")
-    return f"cuda:{int(number[1] or 0)}"
+    return next((name for name in here if name != "cpu"), here[0])
 
 
 def _is_cpu(device: str) -> bool:
@@ -59,16 +57,16 @@ def _is_cpu(device: str) -> bool:
 
 
 def _on_gpu(device: str) -> list[str]:
-    """The backends that can run on `device`, "auto" for the first GPU of this machine."""
+    """The backends that can run on `device`, for "auto" on the first GPU of this machine."""
     if device.startswith("cpu") or not gpus():
         return []
-    return [name for name in engines.BACKENDS if engines.backend(name).ON_GPU and _runs(name, device)]
+    return [name for name in ON_GPU if _runs(name, "cuda:0" if device == "auto" else device_of(name, device))]
 
 
 def _runs(name: str, device: str) -> bool:
     module = engines.backend(name)
     try:
-        config = EngineConfig(backend=name, device=device_of(name, device))
-        return module.available() is None and module.runnable(config) is None
+        return module.available() is None and device in module.devices() and bool(
+            module.versions(EngineConfig(backend=name, device=device)))
     except EngineError:  # an architecture that it does not know
         return False

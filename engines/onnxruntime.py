@@ -24,6 +24,7 @@ PIP = "pip install onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 SOURCES = ("onnxruntime.py", "onnx_file.py", "widen.py")
 ON_GPU = False
+IN_PARTS = True
 WIDENED = "widened.onnx"
 
 

@@ -34,6 +34,7 @@ KERNELS = {"attention": ("Attention", own_attention), "norm": ("GroupNormSilu", 
 """Option that chooses whose kernel → our op, and the pass that puts it in the graph."""
 
 ON_GPU = False
+IN_PARTS = True
 
 
 def available() -> str | None:

@@ -3,8 +3,9 @@
 A backend module holds: `available()`, `devices()`, `dtypes()`, `versions(config)` (all that its engines depend on
 beside files and config), `build(onnx, component, config, directory)`, `load(onnx, component, config, directory)`,
 `runnable(config)` (None where this machine can run the engine, else why not), `reads_onnx(config)` (whether `load`
-reads the bundle's ONNX files), `SOURCES` (our files that shape its engines) and `ON_GPU` (its engines are for a GPU and
-compute in the precision of the graph). An engine with an attribute `gpu` runs on the GPU of that number.
+reads the bundle's ONNX files), `SOURCES` (our files that shape its engines), `ON_GPU` (its engines are for a GPU and
+compute in the precision of the graph) and `IN_PARTS` (it runs the UNet faster in the parts of `export.hoist`). An
+engine with an attribute `gpu` runs on the GPU of that number.
 """
 
 from __future__ import annotations
@@ -131,19 +132,21 @@ def build_all(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] 
         for name, config in bar:
             bar.set_description(f"{name} {rows(config)}")
             paths.append(build(bundle, name, config, rebuild=rebuild, check=check))
-    if jobs and engines.backend(backend).ON_GPU:
+    if jobs:
         _build_kernels(bundle, jobs[0][1])
     return paths
 
 
 def _build_kernels(bundle: Bundle, config: EngineConfig) -> None:
-    """What the runtime launches beside these engines. They can be checked without it, so a failure is a warning."""
+    """What the runtime launches beside engines of a GPU. They can be checked without it, so a failure is a warning."""
     from engines.runtime_kernels import runtime_kernels
 
-    try:
-        runtime_kernels(bundle, engines.backend(config.backend).versions(config)["arch"])
-    except EngineError as e:
-        log.warning("%s", e)
+    arch = engines.backend(config.backend).versions(config).get("arch", "")
+    if arch.startswith("sm_"):
+        try:
+            runtime_kernels(bundle, arch)
+        except EngineError as e:
+            log.warning("%s", e)
 
 
 def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (), batches: Sequence[int] = (1,),
@@ -153,7 +156,7 @@ def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (),
     jobs: list[tuple[str, EngineConfig]] = []
     for height, width in sizes or (bundle.manifest.default_size,):
         bundle.check_size(height, width)
-        for name in components or bundle.manifest.components:
+        for name in components or used(bundle, backend):
             own = dtype if dtype != "auto" else bundle.component(name).dtype if module.ON_GPU else module.dtypes()[0]
             for count in sorted({count for batch in batches for count in _row_counts(name, batch)}):
                 config = bundle.config(name, backend=backend, height=height, width=width, batch=count, dtype=own,
@@ -161,6 +164,13 @@ def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (),
                 if (name, config) not in jobs:
                     jobs.append((name, config))
     return jobs
+
+
+def used(bundle: Bundle, backend: str) -> list[str]:
+    """The components that the runtime runs with this backend."""
+    parts = engines.in_parts(bundle, backend)
+    return [name for name in bundle.manifest.components
+            if not name.startswith("unet") or name.startswith("unet_") == parts]
 
 
 def find(bundle: Bundle, component: str, config: EngineConfig) -> Path | None:
@@ -278,8 +288,10 @@ def writable_root(bundle: Bundle) -> Path:
 
 def _row_counts(component: str, batch: int) -> tuple[int, ...]:
     """The static batches that the runtime runs a component with, for `batch` pictures denoised together."""
-    if component.startswith("text"):
+    if component in ("text_encoder", "unet_text"):
         return (2,)  # negative prompt and prompt
+    if component == "unet_time":
+        return (engines.TIME_ROWS,)
     if component.startswith("vae"):
         return (1,)  # pictures are decoded one by one: it is no slower, and memory stays that of one
     return (batch, 2 * batch)  # without guidance, and with

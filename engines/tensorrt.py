@@ -79,6 +79,7 @@ class Flavour:
     pip: str
     SOURCES: ClassVar = ("tensorrt.py", "tensorrt_build.py", "onnx_file.py")
     ON_GPU: ClassVar = True
+    IN_PARTS: ClassVar = True
 
     def vendor(self) -> Any:
         """The vendor's package. Raises EngineError with the pip line where it is missing."""

@@ -60,7 +60,9 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", f
                 stages.set_description(name)
                 stages.update()
 
-            components = {name: export_component(name, source, dtype, directory, on_stage) for name in COMPONENTS}
+            components: dict[str, Any] = {}
+            for name in COMPONENTS:
+                components |= export_component(name, source, dtype, directory, on_stage)
         save_tokenizer(source.tokenizer, directory / TOKENIZER)
         write_manifest(directory, _manifest(source, components, directory))
     return Bundle.open(output)

@@ -1,11 +1,11 @@
-"""One component: load it, trace it, save it, and compare the saved graph with PyTorch."""
+"""One of the checkpoint's modules: load it, trace it, save it, and compare the saved graph with PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from engines.spec import EngineConfig, EngineError
 from export import ExportError
 from export.checkpoint import Checkpoint
 from export.graphs import GRAPHS, Graph
+from export.hoist import Part, hoist
 from export.trace import trace
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,11 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_component(name: str, checkpoint: Checkpoint, dtype: str, directory: Path,
-                     on_stage: Callable[[str], None] = lambda stage: None) -> Component:
+                     on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Component]:
     """Write `directory`/`name`.onnx and `name`.onnx.data, and check them; `on_stage` hears of each of STAGES.
 
-    Only one component's weights are in memory at a time, and PyTorch's are gone before onnxruntime reads the file.
+    Returns the component by its name, and the parts of `export.hoist` by theirs. Only one component's weights are in
+    memory at a time, and PyTorch's are gone before onnxruntime reads the file.
     Raises ExportError where the graph is further from PyTorch than `engines.verify.TOLERANCE`.
     """
     on_stage(f"{name}: load")
@@ -58,16 +60,27 @@ def export_component(name: str, checkpoint: Checkpoint, dtype: str, directory: P
     on_stage(f"{name}: save")
     file = directory / f"{name}.onnx"
     ir.save(model, file, external_data=f"{name}.onnx.data")
-    specs = graph.inputs, graph.outputs
+    specs, invariant = (graph.inputs, graph.outputs), graph.invariant
     del graph, model, outputs
+    parts = hoist(file, invariant, *specs) if invariant else {}
 
     on_stage(f"{name}: check")
     feed = {spec.name: value.numpy() for spec, value in zip(specs[0], inputs, strict=True)}
-    component = Component(file=file.name, files=hash_files(directory, [file.name, f"{file.name}.data"]), dtype=dtype,
-                          inputs=specs[0], outputs=specs[1], sites=sites, check=Check("not checked", SEED, 0.0, 0.0))
-    check = _check(name, file, component, feed, expected)
+    weights = hash_files(directory, [f"{file.name}.data"])
+
+    def component(name: str, part: Part) -> Component:
+        return Component(f"{name}.onnx", hash_files(directory, [f"{name}.onnx"]) | weights, dtype, *part,
+                         Check("not checked", SEED, 0.0, 0.0))
+
+    whole = component(name, Part(*specs, sites))
+    check = _check([whole], directory, feed, expected, REFERENCE)
     logger.info("%s: %s, sites %s, relative RMS %.1e", name, dtype, sites, check.rel_rms)
-    return dataclasses.replace(component, check=check)
+    components = {name: dataclasses.replace(whole, check=check)}
+    if parts:
+        made = {f"{name}_{part}": component(f"{name}_{part}", found) for part, found in parts.items()}
+        check = _check(list(made.values()), directory, feed, expected, f"{REFERENCE}, the parts together")
+        components |= {part: dataclasses.replace(found, check=check) for part, found in made.items()}
+    return components
 
 
 def _load(name: str, checkpoint: Checkpoint) -> Graph:
@@ -83,19 +96,24 @@ def _dims(checkpoint: Checkpoint, check: bool) -> dict[str, int]:
             "width": width * factor, "sequence": sequence}
 
 
-def _check(name: str, file: Path, component: Component, feed: dict[str, np.ndarray],
-           expected: dict[str, np.ndarray]) -> Check:
-    """Run the saved graph in onnxruntime on the CPU, widened to float32 if it is a 16-bit one.
+def _check(parts: Sequence[Component], directory: Path, feed: dict[str, np.ndarray], expected: dict[str, np.ndarray],
+           reference: str) -> Check:
+    """Run saved graphs, one after another, in onnxruntime on the CPU, widened to float32 if they are of 16 bits.
 
     What is then measured is the graph and the rounding of its weights: the CPU has no kernels for most 16-bit
     operators, and how an engine rounds in between is measured when it is built.
     """
-    arrays = {**feed, **expected}
-    sizes = {dim: size for spec in (*component.inputs, *component.outputs)
-             for dim, size in zip(spec.shape, arrays[spec.name].shape, strict=True) if isinstance(dim, str)}
+    arrays = dict(feed)
     try:
-        got = verify.run_reference(file, component, EngineConfig("onnxruntime", **sizes), feed)
-        return verify.compare(got, expected, component.dtype, f"{name}: the {component.dtype} graph", SEED, REFERENCE)
+        for part in parts:
+            sizes = {dim: size for spec in part.inputs
+                     for dim, size in zip(spec.shape, arrays[spec.name].shape, strict=True) if isinstance(dim, str)}
+            sizes |= {dim: size for spec in part.outputs if spec.name in expected
+                      for dim, size in zip(spec.shape, expected[spec.name].shape, strict=True) if isinstance(dim, str)}
+            given = {spec.name: arrays[spec.name] for spec in part.inputs}
+            arrays |= verify.run_reference(directory / part.file, part, EngineConfig("onnxruntime", **sizes), given)
+        what = f"{', '.join(part.file for part in parts)} in {parts[0].dtype}"
+        return verify.compare(arrays, expected, parts[0].dtype, what, SEED, reference)
     except EngineError as e:
         raise ExportError(f"{e}; nothing was published") from e
 

@@ -6,6 +6,7 @@ Each graph says its inputs and outputs, in the dimension names of `engines.Engin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ class Graph(nn.Module):
     """Which of the checkpoint's modules it wraps."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    invariant: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Part of the graph that `export.hoist` cuts out → inputs that it may depend on."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         super().__init__()
@@ -71,6 +74,7 @@ class UNet(Graph):
     """Noisy latents, a timestep for each row, and text → the model's prediction, as `prediction_type` says."""
 
     source = "unet"
+    invariant: ClassVar = {"text": ("encoder_hidden_states",), "time": ("timestep",)}
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         super().__init__(model, checkpoint)

@@ -48,7 +48,8 @@ def trace(graph: Graph, dims: Mapping[str, int]) -> tuple[ir.Model, dict[str, in
         model = program.model
         _simplify(model)
     _rename(model, graph)
-    return model, _count_sites(model, graph)
+    _check_sites(model, graph)
+    return model, count_sites(model.graph)
 
 
 def _simplify(model: ir.Model) -> None:
@@ -92,14 +93,19 @@ def _rename(model: ir.Model, graph: Graph) -> None:
     model.metadata_props.clear()
 
 
-def _count_sites(model: ir.Model, graph: Graph) -> dict[str, int]:
-    nodes = Counter(node.op_type for node in model.graph if node.domain == "")
+def count_sites(graph: ir.Graph) -> dict[str, int]:
+    """Operators of SITES in a graph → how many."""
+    nodes = Counter(node.op_type for node in graph if node.domain == "")
+    return {site: nodes[site] for site in SITES if nodes[site]}
+
+
+def _check_sites(model: ir.Model, graph: Graph) -> None:
+    nodes = Counter(count_sites(model.graph))
     modules = Counter(site for module in graph.used.modules() if (site := _site(module)))
     for site in SITES:
         if nodes[site] != modules[site]:
             raise ExportError(f"{graph.source}: the graph has {nodes[site]} {site} nodes, the model {modules[site]} "
                               "such modules; this version of PyTorch or diffusers computes it in another way")
-    return {site: nodes[site] for site in SITES if nodes[site]}
 
 
 def _site(module: nn.Module) -> str | None:

@@ -17,10 +17,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import engines
-from engines import Bundle, EngineError
+from engines import Bundle, Engine, EngineError
 from engines.choice import choose, device_of
 from engines.gpu import gpus
 from engines.runtime_kernels import runtime_kernels
+from kernels.artefact import KernelError
 from runtime.buffers import BoundEngine
 from runtime.decode import Decoder
 from runtime.denoise import Job, denoise
@@ -30,6 +31,7 @@ from runtime.request import Request, Step
 from runtime.slots import Capacity, Slots
 from runtime.tasks import table_of, text_to_image
 from runtime.text import PromptTokenizer
+from runtime.unet import UNet
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +76,12 @@ class Pipeline:
         self._threads = threads
         self.load_seconds = 0.0
         self._progress = progress
-        self._device = _open(bundle, backend, device, eager)
+        self._host, self._eager = Host(), eager
+        self._gpus: dict[int, Cuda] = {}
         self._engines: dict[tuple[str, int, int, int], BoundEngine] = {}
         self._decoders: dict[tuple[int, int], Decoder] = {}
         self._slots: dict[tuple[Any, ...], Slots] = {}
+        self._unet = UNet(bundle, self._engine, engines.in_parts(bundle, backend))
         self._tokenizers = [PromptTokenizer(bundle.path, spec) for spec in bundle.manifest.text]
 
     @classmethod
@@ -110,11 +114,11 @@ class Pipeline:
         pipe = cls(bundle, backend=backend, dtype=chosen, device=device, size=size, batch=batch, threads=threads,
                    eager=eager, progress=progress)
         with pipe._bar(total=3, desc="load", unit="engine") as bar:
-            for load in (lambda: pipe._engine("text_encoder", 2), lambda: pipe._engine("unet", 2 * batch, *size),
+            for load in (lambda: pipe._engine("text_encoder", 2), lambda: pipe._unet.load(size, 2 * batch),
                          lambda: pipe._engine("vae_decoder", 1, *size)):
                 load()
                 bar.update()
-            if pipe._device.captures:
+            if pipe._unet.step(size, 2 * batch).device.captures:
                 pipe._capture()
         pipe.load_seconds = time.perf_counter() - start
         return pipe
@@ -171,14 +175,15 @@ class Pipeline:
     def _denoise(self, requests: list[Request], texts: np.ndarray) -> list[list[Job]]:
         """Run every image of every request to its last step; sizes in turn, for a static shape holds one size."""
         jobs: list[list[Job]] = [[] for _ in requests]
-        for job in text_to_image(requests, list(texts), self.bundle.manifest):
+        for job in text_to_image(requests, list(texts), self.bundle.manifest, self._unet):
             jobs[job.request_index].append(job)
         sizes = dict.fromkeys(_size(r) for r in requests)
         evaluations = sum(job.table.rows for group in jobs for job in group)
         with self._bar(total=evaluations, desc="denoise", unit="step") as bar:
             for size in sizes:
                 group = [j for r, images in zip(requests, jobs, strict=True) if _size(r) == size for j in images]
-                denoise(partial(self._unet, size), self._slots_for(size, group), group, self._after_step(jobs, bar))
+                denoise(partial(self._unet.step, size), self._slots_for(size, group), group,
+                        self._after_step(jobs, bar))
         return jobs
 
     def _after_step(self, jobs: list[list[Job]], bar: tqdm) -> Callable[[Job], None]:
@@ -216,20 +221,21 @@ class Pipeline:
         needed = Capacity.of(jobs)
         key = (*size, needed.memory, needed.times)
         if key not in self._slots or self._slots[key].capacity.rows < needed.rows:
-            self._slots[key] = Slots(self._device, self.batch, needed)
+            rows = self.batch * (2 if any(job.request.guided for job in jobs) else 1)
+            self._slots[key] = Slots(self._unet.step(size, rows).device, self.batch, needed)
         return self._slots[key]
 
     def _capture(self) -> None:
-        """Draw two small-step pictures for nobody: libraries set themselves up, and what repeats becomes a graph."""
+        """Draw two short pictures for nobody: libraries set themselves up, and what repeats becomes a graph.
+
+        Guided first, so that the largest batch is captured first.
+        """
         progress, self._progress = self._progress, False
         try:
             for _ in range(2):
                 self(Request("", steps=4, seed=0))
         finally:
             self._progress = progress
-
-    def _unet(self, size: tuple[int, int], rows: int) -> BoundEngine:
-        return self._engine("unet", rows, *size)
 
     def _engine(self, component: str, batch: int, height: int = 0, width: int = 0) -> BoundEngine:
         """The engine of a static shape, loaded (and built, where need be) at its first use and kept."""
@@ -240,9 +246,21 @@ class Pipeline:
                                         width=width, threads=self._threads, device=self.device)
             start = time.perf_counter()
             engine = engines.load(self.bundle, component, config)
-            self._engines[key] = BoundEngine(engine, self._device if hasattr(engine, "gpu") else None)
+            self._engines[key] = BoundEngine(engine, self._place(engine))
             logger.info("%s %s ready in %.2f s", component, config.dims, time.perf_counter() - start)
         return self._engines[key]
+
+    def _place(self, engine: Engine) -> Device:
+        """Where an engine runs: this host, or the GPU of the number that it says."""
+        number = getattr(engine, "gpu", None)
+        if number is None:
+            return self._host
+        if number not in self._gpus:
+            try:
+                self._gpus[number] = Cuda(number, runtime_kernels(self.bundle, gpus()[number].arch), self._eager)
+            except KernelError as e:
+                raise EngineError(str(e)) from e
+        return self._gpus[number]
 
     def _resolve(self, request: Request) -> Request:
         """Fill in size and seed, and refuse what this model cannot do."""
@@ -267,11 +285,3 @@ class Pipeline:
 def _size(request: Request) -> tuple[int, int]:
     assert request.height and request.width  # `_resolve` filled them in
     return request.height, request.width
-
-
-def _open(bundle: Bundle, backend: str, device: str, eager: bool) -> Device:
-    """Where the engines of a backend run. Raises EngineError where that is a GPU and what it takes is missing."""
-    if not engines.backend(backend).ON_GPU:
-        return Host()
-    gpu = int(device.removeprefix("cuda:"))
-    return Cuda(gpu, runtime_kernels(bundle, gpus()[gpu].arch), eager)

@@ -12,6 +12,7 @@ from runtime.noise import Generator
 from runtime.request import Request
 from runtime.schedulers import Table, make_table
 from runtime.step import initial_state
+from runtime.unet import UNet
 
 
 def table_of(request: Request, manifest: Manifest) -> Table:
@@ -21,14 +22,15 @@ def table_of(request: Request, manifest: Manifest) -> Table:
                       timesteps=request.timesteps)
 
 
-def text_to_image(requests: Sequence[Request], texts: Sequence[np.ndarray], manifest: Manifest) -> Iterator[Job]:
+def text_to_image(requests: Sequence[Request], texts: Sequence[np.ndarray], manifest: Manifest,
+                  unet: UNet) -> Iterator[Job]:
     """The jobs of `requests`, all with height, width and seed set; texts[i] is float32 [2, tokens, width]."""
     latent = manifest.latent
     for index, (request, text) in enumerate(zip(requests, texts, strict=True)):
         assert request.height and request.width and request.seed is not None
         shape = (latent.channels, request.height // latent.factor, request.width // latent.factor)
         table = table_of(request, manifest)
-        given = {"encoder_hidden_states": text}, {"timestep": table.timesteps.astype(np.float32)}
+        given = unet.text(text), unet.time(table.timesteps)
         for image in range(request.count):
             noise = Generator(request.seed + image)
             start = noise.randn(shape) if request.latents is None else request.latents[image]
