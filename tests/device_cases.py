@@ -82,10 +82,11 @@ class Wave:
     """
 
     def __init__(self, rows: int, number: int | None = None) -> None:
-        self.inputs = {spec.name: spec for spec in (
+        self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in (
             TensorSpec("sample", "float32", (rows, *LATENT)), TensorSpec("timestep", "float32", (rows,)),
             TensorSpec("features", "float32", (rows, 70)), TensorSpec("text", "float32", (rows, 2, 3)))}
-        self.outputs = {"noise_pred": TensorSpec("noise_pred", "float32", (rows, *LATENT))}
+        self.outputs: Mapping[str, TensorSpec] = {
+            "noise_pred": TensorSpec("noise_pred", "float32", (rows, *LATENT))}
         self.gpu = number
         self.gain = 1.0
         self.rows_run: list[int] = []
@@ -124,10 +125,11 @@ def job(index: int, seed: int = 0, steps: int = 5, **options: Any) -> Job:
 
 def mixed() -> list[Job]:
     """Every sampler; guided, unguided, rescaled and noisy in turn; of 1 to 15 evaluations."""
-    controls = ({}, {"guidance": 1.0}, {"guidance": 4.0, "guidance_rescale": 0.7})
+    controls: tuple[dict[str, Any], ...] = ({}, {"guidance": 1.0}, {"guidance": 4.0, "guidance_rescale": 0.7})
     jobs = [job(i, seed=i, steps=3 + i % 4, scheduler=name, **controls[i % 3]) for i, name in enumerate(names())]
-    more = ({"steps": 1}, {"scheduler": "ddim", "eta": 0.5}, {"config": {"skip_prk_steps": False}},
-            {"config": {"_class_name": "DDIMScheduler", "clip_sample": True}, "guidance": 0.5})
+    more: tuple[dict[str, Any], ...] = (
+        {"steps": 1}, {"scheduler": "ddim", "eta": 0.5}, {"config": {"skip_prk_steps": False}},
+        {"config": {"_class_name": "DDIMScheduler", "clip_sample": True}, "guidance": 0.5})
     return jobs + [job(len(jobs) + k, seed=100 + k, **options) for k, options in enumerate(more)]
 
 

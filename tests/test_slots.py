@@ -5,6 +5,8 @@ What runs on a GPU differs from `TorchHost` in where the arrays are and in who c
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 
@@ -46,7 +48,7 @@ def test_jobs_that_differ_in_everything_end_where_each_ends_alone(device: Device
         assert done.row == done.table.rows
         check(done, expected(single))
     if count == 1:
-        runs = {rows: len(unet(rows).engine.rows_run) for rows in (1, 2)}
+        runs = {rows: len(cast(Wave, unet(rows).engine).rows_run) for rows in (1, 2)}
         assert runs == {rows: sum(j.table.rows for j in alone if j.request.guided == (rows == 2)) for rows in (1, 2)}
 
 
@@ -135,13 +137,12 @@ def test_engine_buffers_are_aligned_apart_and_in_one_block() -> None:
 
 def test_a_pipeline_draws_the_same_through_torch_operators(bundles: Lazy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt to pixels with the real UNet: the ops that a GPU runs, on torch's CPU implementation."""
-    requests = [Request("a cat", seed=1, steps=4, scheduler="euler_ancestral", count=2),
-                Request("a horse", seed=2, steps=3, guidance=1.0),
-                Request("a hill", seed=3, steps=5, guidance_rescale=0.5)]
-    pictures = []
+    requests = [Request("a cat", seed=1, steps=4, scheduler="euler_ancestral"),
+                Request("a hill", seed=3, steps=3, guidance_rescale=0.5)]
+    pictures: list[np.ndarray] = []
     for place in (Host, TorchHost):
         monkeypatch.setattr("runtime.pipeline.Host", place)
-        results = Pipeline.load(bundles["sd1"], "onnxruntime", size=(64, 64), batch=2)(requests)
-        pictures.append(np.stack([image for result in results for image in result.images]))
+        results = Pipeline.load(bundles["sd1"], "onnxruntime", size=(64, 64))(requests)
+        pictures.append(np.stack([np.asarray(image) for result in results for image in result.images]))
     difference = np.abs(pictures[0].astype(int) - pictures[1])
     assert difference.max() <= 1 + 255 * BATCH_IMAGE_MAX and (difference > 0).mean() < 0.01
