@@ -36,7 +36,7 @@ class BoundEngine:
             self.buffers[name] = whole.reshape(tuple(int(d) for d in spec.shape))
         self.device.adopt(engine)
         engine.bind(self.buffers)
-        self.key = signature(self.buffers)
+        self.key = (engine, signature(self.buffers))  # an engine that is in a graph is not taken for a later one
 
     def enqueue(self, stream: Any) -> None:
         self.engine.enqueue(stream)

@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -192,9 +193,10 @@ class Cuda:
                 self._kernels[call.name] = Kernel(Artefact.read(self._directory, call.name, self._arch), self._number)
             kernel = self._kernels[call.name]
             grid = call.grid(int(kernel.artefact.constants["BLOCK"]))
-            return kernel.bind(grid, **{f"{name}_ptr": a for name, a in arrays.items()}, **call.numbers)
+            launch = kernel.bind(grid, **{f"{name}_ptr": a for name, a in arrays.items()}, **call.numbers)
         except KernelError as e:
             raise EngineError(str(e)) from e
+        return partial(_launch, launch, arrays)
 
     def run(self, key: Hashable, enqueue: Callable[[Any], None]) -> None:
         self._graphs.run(key, enqueue)
@@ -223,6 +225,11 @@ class _Pinned:
         self.buffer = buffer
         self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(buffer.handle)))
         self.copied: Any = None
+
+
+def _launch(launch: Callable[[Any], None], arrays: Mapping[str, Array], stream: Any) -> None:
+    """`launch(stream)`; what it was bound to, of which it has the addresses only, lives as long as this is held."""
+    launch(stream)
 
 
 def _address(array: Any) -> int:

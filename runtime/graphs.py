@@ -49,22 +49,14 @@ class Graphs:
 
     def _capture(self, enqueue: Callable[[Any], None]) -> Any:
         builder = self._stream.create_graph_builder()
-        builder.begin_building("thread_local")
         try:
+            builder.begin_building("relaxed")  # torch and TensorRT may allocate or ask about events meanwhile
             enqueue(self._stream)
-        except BaseException:
-            _abandon(builder)
-            raise
-        try:
             return builder.end_building().complete()
+        except EngineError:
+            raise
         except Exception as e:
             raise EngineError(f"a step cannot be captured in a CUDA graph ({e}); use eager=True (--eager)") from e
         finally:
-            builder.close()
-
-
-def _abandon(builder: Any) -> None:
-    """End a capture that failed, so that its stream can be used again; why it failed is on its way already."""
-    with contextlib.suppress(Exception):
-        builder.end_building()
-    builder.close()
+            with contextlib.suppress(Exception):  # a capture that failed is ended, which fails once more
+                builder.close()

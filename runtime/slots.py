@@ -83,9 +83,9 @@ class Slots:
     def clear(self) -> None:
         """Empty every slot, whatever an earlier run has left in them."""
         self.device.use()
-        self.device.upload(self._arrays["progress"], np.zeros((self.count, 3), np.int32))
+        self.collect()
         self._marks.clear()
-        self._leaving.clear()
+        self.device.upload(self._arrays["progress"], np.zeros((self.count, 3), np.int32))
         for step in self._steps.values():
             step.held = [None] * self.count
 
