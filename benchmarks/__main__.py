@@ -1,4 +1,4 @@
-"""`python -m benchmarks {quality,unet,pipeline,kernels}`: what is reached, measured side by side in one run."""
+"""`python -m benchmarks {quality,unet,pipeline,graphs,kernels}`: what is reached, measured side by side in one run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "quality": "pictures: does each hold what its caption asks for?",
     "unet": "UNet steps: our engines beside diffusers, torch.compile, OpenVINO and ONNX Runtime",
     "pipeline": "prompt to picture: our engines beside diffusers and torch.compile",
+    "graphs": "CUDA graphs on and off, on a GPU",
     "kernels": "kernels: ours, torch's own, torch.compile's and the physical limit",
 }
 """A module each, imported when it is asked for: kernels are measured on machines that have nothing else installed."""

@@ -31,6 +31,8 @@ from engines.spec import Engine, EngineConfig, EngineError
 
 FORMAT = 1
 RECORD = "engine.json"
+KERNELS = "kernels-"
+"""What the directory of the runtime's own kernels begins with (`engines/runtime_kernels.py`); it is no engine."""
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ def build(bundle: Bundle, component: str, config: EngineConfig, *, rebuild: bool
     """
     if not rebuild and (found := find(bundle, component, config)):
         return found
-    path = _root(bundle) / directory_name(bundle, component, config)
+    path = writable_root(bundle) / directory_name(bundle, component, config)
     waiting = False
     while True:
         try:
@@ -130,7 +132,21 @@ def build_all(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] 
         for name, config in bar:
             bar.set_description(f"{name} {rows(config)}")
             paths.append(build(bundle, name, config, rebuild=rebuild, check=check))
+    if jobs:
+        _build_kernels(bundle, jobs[0][1])
     return paths
+
+
+def _build_kernels(bundle: Bundle, config: EngineConfig) -> None:
+    """What the runtime launches beside engines of a GPU. They can be checked without it, so a failure is a warning."""
+    from engines.runtime_kernels import runtime_kernels
+
+    arch = engines.backend(config.backend).versions(config).get("arch", "")
+    if arch.startswith("sm_"):
+        try:
+            runtime_kernels(bundle, arch)
+        except EngineError as e:
+            log.warning("%s", e)
 
 
 def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (), batches: Sequence[int] = (1,),
@@ -172,7 +188,7 @@ def engine_directories(bundle: Bundle) -> Iterator[Path]:
     """Every published engine of a bundle."""
     for root in roots(bundle):
         if root.is_dir():
-            yield from sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+            yield from sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", KERNELS)))
 
 
 def key(bundle: Bundle, component: str, config: EngineConfig) -> dict[str, Any]:
@@ -261,7 +277,8 @@ def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: b
         Record(name, config, key(bundle, name, config), files, figures, round(seconds, 3), now).write(temporary)
 
 
-def _root(bundle: Bundle) -> Path:
+def writable_root(bundle: Bundle) -> Path:
+    """The one of `roots` that new engines go to."""
     inside, cache = roots(bundle)
     if os.access(inside if inside.exists() else bundle.path, os.W_OK | os.X_OK):
         return inside

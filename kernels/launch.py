@@ -25,7 +25,7 @@ class Kernel:
     """
 
     def __init__(self, artefact: Artefact, device: int = 0) -> None:
-        core = _cuda_core()
+        core = cuda_core()
         gpu = core.Device(device)
         gpu.set_current()
         capability = gpu.compute_capability
@@ -79,7 +79,8 @@ def _allow_shared_memory(kernel: Any, artefact: Artefact, device: int) -> None:
                           f"({status.name}), expected a GPU of {artefact.arch}")
 
 
-def _cuda_core() -> Any:
+def cuda_core() -> Any:
+    """The package cuda.core. Raises KernelError with the pip line where it is missing or too old."""
     try:
         core = importlib.import_module("cuda.core")
     except ImportError as e:

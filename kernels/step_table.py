@@ -1,4 +1,4 @@
-"""A sampler table as `guidance_step` reads it: float32 rows of fixed width. Needs numpy only.
+"""A sampler table as `guidance_step` and `step_input` read it: float32 rows of fixed width. Needs numpy only.
 
 One row, for a memory of S arrays (`width(S)` numbers):
 
@@ -11,6 +11,7 @@ One row, for a memory of S arrays (`width(S)` numbers):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -78,3 +79,19 @@ def pack(table: SamplerTable, memory: int, rows: int = 0) -> np.ndarray:
     mix[:, :states, :2 + slots] = table.mix[:, :, :2 + slots]
     mix[:, :states, -2:] = table.mix[:, :, -2:]
     return packed
+
+
+def pack_times(times: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What depends on the timestep, side by side: float32 [rows, …] by input to float32 [rows, numbers]."""
+    return np.concatenate([np.asarray(a, np.float32).reshape(len(a), -1) for a in times.values()], axis=1)
+
+
+def time_columns(widths: Mapping[str, int], offsets: Mapping[str, int]) -> np.ndarray:
+    """int32 [inputs, 3]: where each input begins in a row of `pack_times`, where in the arena, and its width.
+
+    widths: numbers in one row of each input, in the order of `pack_times`. offsets: float32 numbers before it in the
+    arena.
+    """
+    starts = np.cumsum([0, *widths.values()])
+    return np.array([(start, offsets[name], width) for start, (name, width) in
+                     zip(starts[:-1], widths.items(), strict=True)], np.int32).reshape(-1, 3)

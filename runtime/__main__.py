@@ -43,8 +43,8 @@ def _run(args: argparse.Namespace) -> int:
     requests = _requests(args)
     targets = _targets(args, requests)
     size = next(((r.height, r.width) for r in requests if r.height and r.width), None)
-    pipe = Pipeline.load(args.bundle, args.backend, dtype=args.dtype, size=size, batch=args.batch,
-                         threads=args.threads, progress=not args.quiet)
+    pipe = Pipeline.load(args.bundle, args.backend, dtype=args.dtype, device=args.device, size=size,
+                         batch=args.batch, threads=args.threads, eager=args.eager, progress=not args.quiet)
     results = pipe(requests)
     drawn = []
     for result, files in zip(results, targets, strict=True):
@@ -139,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace pictures that exist")
     add("--backend", default="auto", help="engine to run (default: the fastest installed; see python -m engines list)")
     add("--dtype", default="auto", help="fp32, fp16, bf16 or auto: precision to compute in (default %(default)s)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda:0 or auto (default): where the engine runs")
+    add("--eager", action="store_true", help="no CUDA graphs")
     add("--batch", type=int, default=1, metavar="N", help="images denoised together (default 1)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
     add("--json", action="store_true", help="print files, requests and timings as JSON")

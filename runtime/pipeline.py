@@ -10,19 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 import engines
-from engines import Bundle
-from engines.choice import choose
+from engines import Bundle, Engine, EngineError
+from engines.choice import choose, device_of
+from engines.gpu import gpus
+from engines.runtime_kernels import runtime_kernels
+from kernels.artefact import KernelError
 from runtime.buffers import BoundEngine
+from runtime.decode import Decoder
 from runtime.denoise import Job, denoise
-from runtime.images import to_uint8
+from runtime.device import Cuda, Device
+from runtime.host import Host
 from runtime.request import Request, Step
+from runtime.slots import Capacity, Slots
 from runtime.tasks import table_of, text_to_image
 from runtime.text import PromptTokenizer
 from runtime.unet import UNet
@@ -59,45 +65,61 @@ class Pipeline:
         pipe(Request("a photograph of an astronaut riding a horse", seed=42)).images[0].save("astronaut.png")
     """
 
-    def __init__(self, bundle: Bundle, *, backend: str, dtype: str, size: tuple[int, int], batch: int, threads: int,
-                 progress: bool) -> None:
+    def __init__(self, bundle: Bundle, *, backend: str, dtype: str, device: str, size: tuple[int, int], batch: int,
+                 threads: int, eager: bool, progress: bool) -> None:
         self.bundle = bundle
         self.backend = backend
         self.dtype = dtype
+        self.device = device
         self.size = size
         self.batch = batch
         self._threads = threads
         self.load_seconds = 0.0
         self._progress = progress
+        self._host, self._eager = Host(), eager
+        self._gpus: dict[int, Cuda] = {}
         self._engines: dict[tuple[str, int, int, int], BoundEngine] = {}
+        self._decoders: dict[tuple[int, int], Decoder] = {}
+        self._slots: dict[tuple[Any, ...], Slots] = {}
         self._unet = UNet(bundle, self._engine, engines.in_parts(bundle, backend))
         self._tokenizers = [PromptTokenizer(bundle.path, spec) for spec in bundle.manifest.text]
 
     @classmethod
-    def load(cls, path: str | Path, backend: str = "auto", *, dtype: str = "auto", size: tuple[int, int] | None = None,
-             batch: int = 1, threads: int = 0, progress: bool = True) -> Pipeline:
+    def load(cls, path: str | Path, backend: str = "auto", *, dtype: str = "auto", device: str = "auto",
+             size: tuple[int, int] | None = None, batch: int = 1, threads: int = 0, eager: bool = False,
+             progress: bool = True) -> Pipeline:
         """Open a bundle and load its engines (building those that are not there yet).
 
         path: the bundle. backend: a name of `engines.BACKENDS`, or "auto". dtype: "fp32", "fp16", "bf16", or "auto"
-        for the fastest that the backend runs well here. size: (height, width) pixels; the model's own by default.
-        batch: images denoised together. threads: CPU threads, 0 for all cores. progress: bars on a terminal.
+        for the fastest that the backend runs well here; a GPU runs the graph's own. device: "cpu", "cuda:0", or "auto"
+        for the one that the backend is for. size: (height, width) pixels; the model's own by default. batch: images
+        denoised together. threads: CPU threads, 0 for all cores. eager: no CUDA graphs. progress: bars on a terminal.
 
         Raises EngineError for a bundle or engine that cannot be used, ValueError for a size or batch that cannot be.
         """
         start = time.perf_counter()
         bundle = Bundle.open(path)
-        backend, dtype = choose(backend, dtype)
+        backend, chosen = choose(backend, dtype, device)
+        device = device_of(backend, device)
+        if engines.backend(backend).ON_GPU:
+            chosen = bundle.component("unet").dtype
+            if dtype not in ("auto", chosen):
+                raise EngineError(f"dtype: got {dtype}, expected {chosen}, that of the graph, which {backend} keeps; "
+                                  f"export the checkpoint with --dtype {dtype}")
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: got {batch!r}, expected a whole number of at least 1")
         size = size or bundle.manifest.default_size
         bundle.check_size(*size)
         bundle.verify(bundle.manifest.files)
-        pipe = cls(bundle, backend=backend, dtype=dtype, size=size, batch=batch, threads=threads, progress=progress)
+        pipe = cls(bundle, backend=backend, dtype=chosen, device=device, size=size, batch=batch, threads=threads,
+                   eager=eager, progress=progress)
         with pipe._bar(total=3, desc="load", unit="engine") as bar:
             for load in (lambda: pipe._engine("text_encoder", 2), lambda: pipe._unet.load(size, 2 * batch),
                          lambda: pipe._engine("vae_decoder", 1, *size)):
                 load()
                 bar.update()
+            if pipe._unet.step(size, 2 * batch).device.captures:
+                pipe._capture()
         pipe.load_seconds = time.perf_counter() - start
         return pipe
 
@@ -140,7 +162,7 @@ class Pipeline:
         for i in range(0, len(distinct), 2):
             pair = (distinct[i:i + 2] * 2)[:2]  # the last of an odd number takes both rows
             states = encoder(input_ids=np.stack([tokenize(p) for p in pair]))["hidden_states"]
-            encoded.update(zip(pair, states.copy(), strict=True))
+            encoded.update(zip(pair, states, strict=True))
         return np.stack([encoded[p] for p in prompts])
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -160,7 +182,8 @@ class Pipeline:
         with self._bar(total=evaluations, desc="denoise", unit="step") as bar:
             for size in sizes:
                 group = [j for r, images in zip(requests, jobs, strict=True) if _size(r) == size for j in images]
-                denoise(partial(self._unet.step, size), self.batch, group, self._after_step(jobs, bar))
+                denoise(partial(self._unet.step, size), self._slots_for(size, group), group,
+                        self._after_step(jobs, bar))
         return jobs
 
     def _after_step(self, jobs: list[list[Job]], bar: tqdm) -> Callable[[Job], None]:
@@ -169,7 +192,7 @@ class Pipeline:
             callback = job.request.on_step
             if callback is not None:
                 step = Step(job.image, job.row, job.table.rows, float(job.table.timesteps[job.row - 1]), job.latents,
-                            lambda: _pictures(self.decode(job.latents[None]))[0])
+                            lambda: self._picture(job.latents))
                 if callback(step) is False:
                     for sibling in jobs[job.request_index]:
                         sibling.cancelled = True
@@ -181,20 +204,63 @@ class Pipeline:
                   if not j.cancelled]
         with self._bar(total=len(wanted), desc="decode", unit="image") as bar:
             for job in wanted:
-                images[job.request_index] += _pictures(self.decode(job.latents[None]))
+                images[job.request_index].append(self._picture(job.latents))
                 bar.update()
         return images
+
+    def _picture(self, latents: np.ndarray) -> Image.Image:
+        """Latents float32 [C, h, w] decoded to a picture where the decoder runs."""
+        factor = self.bundle.manifest.latent.factor
+        size = (latents.shape[1] * factor, latents.shape[2] * factor)
+        if size not in self._decoders:
+            self._decoders[size] = Decoder(self._engine("vae_decoder", 1, *size))
+        return Image.fromarray(self._decoders[size](latents[None])[0])
+
+    def _slots_for(self, size: tuple[int, int], jobs: list[Job]) -> Slots:
+        """Slots of this size that hold the jobs; kept, so that their addresses, and graphs with them, stay."""
+        needed = Capacity.of(jobs)
+        key = (*size, needed.memory, needed.times)
+        if key not in self._slots or self._slots[key].capacity.rows < needed.rows:
+            rows = self.batch * (2 if any(job.request.guided for job in jobs) else 1)
+            self._slots[key] = Slots(self._unet.step(size, rows).device, self.batch, needed)
+        return self._slots[key]
+
+    def _capture(self) -> None:
+        """Draw two short pictures for nobody: libraries set themselves up, and what repeats becomes a graph.
+
+        Guided first, so that the largest batch is captured first.
+        """
+        progress, self._progress = self._progress, False
+        try:
+            for _ in range(2):
+                self(Request("", steps=4, seed=0))
+        finally:
+            self._progress = progress
 
     def _engine(self, component: str, batch: int, height: int = 0, width: int = 0) -> BoundEngine:
         """The engine of a static shape, loaded (and built, where need be) at its first use and kept."""
         key = (component, batch, height, width)
         if key not in self._engines:
-            config = self.bundle.config(component, backend=self.backend, dtype=self.dtype, batch=batch, height=height,
-                                        width=width, threads=self._threads)
+            dtype = self.bundle.component(component).dtype if engines.backend(self.backend).ON_GPU else self.dtype
+            config = self.bundle.config(component, backend=self.backend, dtype=dtype, batch=batch, height=height,
+                                        width=width, threads=self._threads, device=self.device)
             start = time.perf_counter()
-            self._engines[key] = BoundEngine(engines.load(self.bundle, component, config))
+            engine = engines.load(self.bundle, component, config)
+            self._engines[key] = BoundEngine(engine, self._place(engine))
             logger.info("%s %s ready in %.2f s", component, config.dims, time.perf_counter() - start)
         return self._engines[key]
+
+    def _place(self, engine: Engine) -> Device:
+        """Where an engine runs: this host, or the GPU of the number that it says."""
+        number = getattr(engine, "gpu", None)
+        if number is None:
+            return self._host
+        if number not in self._gpus:
+            try:
+                self._gpus[number] = Cuda(number, runtime_kernels(self.bundle, gpus()[number].arch), self._eager)
+            except KernelError as e:
+                raise EngineError(str(e)) from e
+        return self._gpus[number]
 
     def _resolve(self, request: Request) -> Request:
         """Fill in size and seed, and refuse what this model cannot do."""
@@ -219,7 +285,3 @@ class Pipeline:
 def _size(request: Request) -> tuple[int, int]:
     assert request.height and request.width  # `_resolve` filled them in
     return request.height, request.width
-
-
-def _pictures(images: np.ndarray) -> list[Image.Image]:
-    return [Image.fromarray(array) for array in to_uint8(images)]

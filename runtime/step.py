@@ -42,15 +42,21 @@ def advance(state: np.ndarray, m: np.ndarray, noise: np.ndarray | None, table: T
     if (noise is not None) != table.draws[i]:
         raise ValueError(f"noise: got {'none' if noise is None else 'some'} for row {i}, expected {table.draws[i]!s} "
                          "of table.draws; draw one randn exactly for the rows that draw")
-    slots = table.slots
+    update(state, m, noise, table.predict[i], float(table.clip[i]), table.mix[i])
+
+
+def update(state: np.ndarray, m: np.ndarray, noise: np.ndarray | None, predict: np.ndarray, clip: float,
+           mix: np.ndarray) -> None:
+    """`advance` by the numbers of one row: predict [2], clip, and mix [1 + slots, slots + 4], in any float dtype."""
+    slots = len(state) - 1
     columns = np.empty((slots + 4, m.size), np.float32)  # x, p, memory, noise, m: the order of the mix
     columns[0] = state[0].ravel()
     columns[-1] = m.ravel()
-    of_x, of_m = table.predict[i].astype(np.float32)
+    of_x, of_m = predict.astype(np.float32)
     np.multiply(columns[-1], of_m, out=columns[1])
     columns[1] += of_x * columns[0]
-    if table.clip[i] > 0:
-        np.clip(columns[1], -table.clip[i], table.clip[i], out=columns[1])
+    if clip > 0:
+        np.clip(columns[1], -clip, clip, out=columns[1])
     columns[2:2 + slots] = state[1:].reshape(slots, m.size)
     columns[-2] = 0 if noise is None else noise.ravel()
-    np.matmul(table.mix[i].astype(np.float32), columns, out=state.reshape(1 + slots, m.size))
+    np.matmul(mix.astype(np.float32), columns, out=state.reshape(1 + slots, m.size))

@@ -28,7 +28,8 @@ VENDORS = {"onnxruntime": "engines/onnxruntime.py", "openvino": "engines/openvin
            "tensorrt": "engines/tensorrt.py", "tensorrt_rtx_bindings": "engines/tensorrt.py",
            "cuda": "kernels/launch.py"}
 TRITON = {f"kernels/{name}.py" for name in (
-    "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "to_image")}
+    "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "step_input",
+    "to_image")}
 SECONDS_TO_IMPORT = 1.0
 
 

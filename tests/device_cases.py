@@ -1,0 +1,161 @@
+"""Places for the denoising loop to run in tests, a UNet that is one line, and jobs that differ in everything.
+
+`TorchHost` runs the loop's ops as the torch operators whose CUDA kernels a GPU runs; `Deferred` runs nothing before
+somebody waits for it, as a GPU may.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+import kernels.guidance_step
+import kernels.step_input
+import kernels.to_image  # noqa: F401 - registers torch.ops.latentrt, as the two above do
+from engines import TensorSpec
+from runtime import Request
+from runtime.buffers import BoundEngine
+from runtime.denoise import Job
+from runtime.device import Device
+from runtime.host import Host
+from runtime.noise import Generator
+from runtime.schedulers import make_table, names
+from runtime.step import advance, guide, initial_state
+from tests.test_schedulers import STABLE
+
+LATENT = (4, 6, 5)
+
+
+class TorchHost(Host):
+    """numpy arrays, and the torch operators of `kernels` on them."""
+
+    def kernel(self, op: str, **arrays: np.ndarray) -> Callable[[Any], None]:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        function = getattr(torch.ops.latentrt, op)
+        if op == "to_image":
+            return lambda stream: tensors["out"].copy_(function(tensors["x"]))
+        return lambda stream: function(**tensors)
+
+
+class Deferred(TorchHost):
+    """Everything that is enqueued waits in a queue. waits: how many entries were left behind by whom somebody waited
+    for, at every wait."""
+
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], None]] = []
+        self.done = 0
+        self.waits: list[int] = []
+
+    def upload(self, target: np.ndarray, source: np.ndarray) -> None:
+        copy = np.array(source)
+        self.queue.append(lambda: Host.upload(self, target, copy))
+
+    def download(self, source: np.ndarray) -> Callable[[], np.ndarray]:
+        found: list[np.ndarray] = []
+        self.queue.append(lambda: found.append(source.copy()))
+        wait = self.mark()
+        return lambda: (wait(), found[0])[1]
+
+    def run(self, key: Hashable, enqueue: Callable[[Any], None]) -> None:
+        self.queue.append(lambda: enqueue(None))
+
+    def mark(self) -> Callable[[], None]:
+        position = len(self.queue)
+
+        def wait() -> None:
+            self.waits.append(len(self.queue) - position)
+            while self.done < position:
+                self.queue[self.done]()
+                self.done += 1
+
+        return wait
+
+
+class Wave:
+    """noise_pred = text[1, 2] · sin(sample + timestep / 300 + features[3]), by torch, for every row.
+
+    It allocates nothing when it runs. number: of a GPU, or None for the CPU.
+    """
+
+    def __init__(self, rows: int, number: int | None = None) -> None:
+        self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in (
+            TensorSpec("sample", "float32", (rows, *LATENT)), TensorSpec("timestep", "float32", (rows,)),
+            TensorSpec("features", "float32", (rows, 70)), TensorSpec("text", "float32", (rows, 2, 3)))}
+        self.outputs: Mapping[str, TensorSpec] = {
+            "noise_pred": TensorSpec("noise_pred", "float32", (rows, *LATENT))}
+        self.gpu = number
+        self.gain = 1.0
+        self.rows_run: list[int] = []
+
+    def bind(self, buffers: Mapping[str, Any]) -> None:
+        where = "cpu" if self.gpu is None else f"cuda:{self.gpu}"
+        self._tensors = {name: torch.as_tensor(buffer, device=where) for name, buffer in buffers.items()}
+        self._shift = torch.empty_like(self._tensors["timestep"])
+
+    def enqueue(self, stream: Any = None) -> None:
+        t, on = self._tensors, contextlib.nullcontext()
+        if stream is not None:
+            on = torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle), self.gpu))
+        with on:
+            torch.div(t["timestep"], 300, out=self._shift)
+            self._shift.add_(t["features"][:, 3])
+            torch.add(t["sample"], self._shift[:, None, None, None], out=t["noise_pred"])
+            t["noise_pred"].sin_().mul_(t["text"][:, 1, 2][:, None, None, None]).mul_(self.gain)
+        self.rows_run.append(len(self._shift))
+
+    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+        self.gain = float(weights["gain"])
+
+
+def job(index: int, seed: int = 0, steps: int = 5, **options: Any) -> Job:
+    """A job of the UNet `Wave`; options: of a Request, `config` of the checkpoint's scheduler."""
+    config = STABLE | options.pop("config", {})
+    table = make_table(config, steps, scheduler=options.get("scheduler"), eta=options.get("eta", 0.0))
+    request = Request("", steps=steps, seed=seed, **options)
+    rng, noise = np.random.default_rng(seed), Generator(seed)
+    text = {"text": rng.uniform(0.4, 0.8, (2, 2, 3)).astype(np.float32)}  # mild, or rounding grows from step to step
+    time = {"timestep": table.timesteps.astype(np.float32),
+            "features": rng.standard_normal((table.rows, 70)).astype(np.float32)}
+    return Job(request, index, 0, text, time, table, noise, initial_state(table, noise.randn(LATENT)))
+
+
+def mixed() -> list[Job]:
+    """Every sampler; guided, unguided, rescaled and noisy in turn; of 1 to 15 evaluations."""
+    controls: tuple[dict[str, Any], ...] = ({}, {"guidance": 1.0}, {"guidance": 4.0, "guidance_rescale": 0.7})
+    jobs = [job(i, seed=i, steps=3 + i % 4, scheduler=name, **controls[i % 3]) for i, name in enumerate(names())]
+    more: tuple[dict[str, Any], ...] = (
+        {"steps": 1}, {"scheduler": "ddim", "eta": 0.5}, {"config": {"skip_prk_steps": False}},
+        {"config": {"_class_name": "DDIMScheduler", "clip_sample": True}, "guidance": 0.5})
+    return jobs + [job(len(jobs) + k, seed=100 + k, **options) for k, options in enumerate(more)]
+
+
+def expected(job: Job, steps: int | None = None) -> np.ndarray:
+    """The latents of one job after so many evaluations, one by one in numpy by `runtime/step.py`; `job` is used up."""
+    state = job.state.copy()
+    text = job.text["text"][:, 1, 2]
+    for i in range(job.table.rows if steps is None else steps):
+        shift = job.time["timestep"][i] / 300 + job.time["features"][i, 3]
+        wave = np.sin(state[0] * np.float32(job.table.input_scale[i]) + shift)
+        m = text[1] * wave
+        if job.request.guided:
+            m = guide(text[0] * wave, m, job.request.guidance, job.request.guidance_rescale)
+        draw = job.noise.randn(LATENT) if job.table.draws[i] else None
+        advance(state, m, draw, job.table, i)
+    return state[0]
+
+
+def waves(device: Device, number: int | None = None) -> Callable[[int], BoundEngine]:
+    """The bound UNet of so many rows, made at its first use."""
+    bound: dict[int, BoundEngine] = {}
+
+    def unet(rows: int) -> BoundEngine:
+        if rows not in bound:
+            bound[rows] = BoundEngine(Wave(rows, number), device)
+        return bound[rows]
+
+    return unet
+
