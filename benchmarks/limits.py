@@ -34,11 +34,18 @@ def unet_flops(checkpoint: Path, rows: int, height: int, width: int, tokens: int
     import torch
     from diffusers import UNet2DConditionModel
 
+    from export.checkpoint import TIME_IDS
+
     config = _config(checkpoint, "unet")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config).eval()
+        added = None
+        if config.get("addition_embed_type") == "text_time":
+            sizes = TIME_IDS * config["addition_time_embed_dim"]
+            pooled = config["projection_class_embeddings_input_dim"] - sizes
+            added = {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, TIME_IDS)}
         return count(unet, torch.empty(rows, config.get("in_channels", 4), height, width), torch.empty(rows),
-                     torch.empty(rows, tokens, config["cross_attention_dim"]))
+                     torch.empty(rows, tokens, config["cross_attention_dim"]), added_cond_kwargs=added)
 
 
 def vae_decoder_flops(checkpoint: Path, images: int, height: int, width: int) -> int:

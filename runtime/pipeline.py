@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import engines
-from engines import Bundle
+from engines import Bundle, EngineError
 from engines.choice import choose
 from runtime.buffers import BoundEngine
 from runtime.denoise import Job, denoise
@@ -84,6 +84,7 @@ class Pipeline:
         """
         start = time.perf_counter()
         bundle = Bundle.open(path)
+        _require_one_text(bundle)
         backend, dtype = choose(backend, dtype)
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: got {batch!r}, expected a whole number of at least 1")
@@ -215,6 +216,15 @@ class Pipeline:
 
     def _bar(self, total: int, desc: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=desc, unit=unit, disable=None if self._progress else True, leave=False)
+
+
+def _require_one_text(bundle: Bundle) -> None:
+    """Raise EngineError for a UNet that takes more than the hidden states of one text encoder."""
+    texts = bundle.manifest.text
+    if len(texts) != 1 or texts[0].pooled:
+        raise EngineError(f"{bundle.path}: got a {bundle.manifest.family} model, whose UNet takes the text of "
+                          f"{len(texts)} encoders, pooled text and picture sizes; expected Stable Diffusion 1.x or 2.x. "
+                          "Draw with one of those: this version exports, builds and measures Stable Diffusion XL only")
 
 
 def _size(request: Request) -> tuple[int, int]:
