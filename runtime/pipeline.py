@@ -222,9 +222,9 @@ def _require_one_text(bundle: Bundle) -> None:
     """Raise EngineError for a UNet that takes more than the hidden states of one text encoder."""
     texts = bundle.manifest.text
     if len(texts) != 1 or texts[0].pooled:
-        raise EngineError(f"{bundle.path}: got a {bundle.manifest.family} model, whose UNet takes the text of "
-                          f"{len(texts)} encoders, pooled text and picture sizes; expected Stable Diffusion 1.x or 2.x. "
-                          "Draw with one of those: this version exports, builds and measures Stable Diffusion XL only")
+        raise EngineError(f"{bundle.path}: got a {bundle.manifest.family} model, whose UNet takes pooled text, picture "
+                          f"sizes and the text of {len(texts)} encoders; expected Stable Diffusion 1.x or 2.x. Draw with "
+                          "one of those: this version exports, builds and measures Stable Diffusion XL only")
 
 
 def _size(request: Request) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def test_an_engine_is_as_right_as_that_of_another_model(bundle, name):
 
 
 def test_the_runtime_refuses_to_draw(bundle):
-    with pytest.raises(EngineError, match="got a sdxl model.* expected Stable Diffusion 1.x or 2.x. Draw with one"):
+    with pytest.raises(EngineError, match=r"got a sdxl model.* expected Stable Diffusion 1\.x or 2\.x\. Draw with one"):
         Pipeline.load(bundle.path)
 
 
