@@ -223,8 +223,8 @@ def _require_one_text(bundle: Bundle) -> None:
     texts = bundle.manifest.text
     if len(texts) != 1 or texts[0].pooled:
         raise EngineError(f"{bundle.path}: got a {bundle.manifest.family} model, whose UNet takes pooled text, picture "
-                          f"sizes and the text of {len(texts)} encoders; expected Stable Diffusion 1.x or 2.x. Draw with "
-                          "one of those: this version exports, builds and measures Stable Diffusion XL only")
+                          f"sizes and the text of {len(texts)} encoders; expected Stable Diffusion 1.x or 2.x. Draw "
+                          "with one of those: this version exports, builds and measures Stable Diffusion XL only")
 
 
 def _size(request: Request) -> tuple[int, int]:

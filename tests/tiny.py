@@ -30,10 +30,10 @@ MERGES = [("t", "h"), ("th", "e</w>"), ("a", "n"), ("an", "d</w>"), ("r", "e"), 
           ("c", "a"), ("ca", "t</w>"), ("o", "n</w>"), ("o", "f</w>"), ("h", "o"), ("r", "s"), ("rs", "e</w>")]
 
 
-def sd1(path: str | Path, seed: int = 0, levels: int = 4) -> Path:
+def sd1(path: str | Path, seed: int = 0, levels: int = 4, vae_levels: int = 4) -> Path:
     """Stable Diffusion 1.x in small: conv projections, 8 heads at every level, epsilon, PNDM as SD 1.5 ships it.
 
-    levels: of the UNet. Pictures are multiples of 8 · 2^(levels − 1) pixels.
+    levels: of the UNet. Pictures are multiples of 2^(vae_levels − 1) · 2^(levels − 1) pixels.
     """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -41,7 +41,8 @@ def sd1(path: str | Path, seed: int = 0, levels: int = 4) -> Path:
         up_block_types=UP[:levels], block_out_channels=(32, 32, 64, 64)[:levels], norm_num_groups=8,
         cross_attention_dim=32, attention_head_dim=8)
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    return _save(path, unet, _vae(), _text(width=32, layers=3, act="quick_gelu"), _tokenizer(pad=EOS), scheduler)
+    return _save(path, unet, _vae(vae_levels), _text(width=32, layers=3, act="quick_gelu"), _tokenizer(pad=EOS),
+                 scheduler)
 
 
 def sd2(path: str | Path, seed: int = 1, levels: int = 4) -> Path:
@@ -74,10 +75,11 @@ def sdxl(path: str | Path, seed: int = 2) -> Path:
     return Path(path)
 
 
-def _vae(**options: Any) -> AutoencoderKL:
+def _vae(levels: int = 4, **options: Any) -> AutoencoderKL:
     vae = AutoencoderKL(
-        sample_size=64, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, **options)
+        sample_size=64, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=(8, 16, 16, 16)[-levels:],
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, **options)
     with torch.no_grad():  # a fresh decoder gives little contrast
         vae.decoder.conv_out.weight *= 2
     return vae
