@@ -1,4 +1,4 @@
-"""`python -m benchmarks {quality,unet,pipeline,graphs,kernels}`: what is reached, measured side by side in one run."""
+"""`python -m benchmarks {quality,unet,vae,pipeline,graphs,kernels}`: what is reached, measured side by side in one run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from export import ExportError
 COMMANDS = {
     "quality": "pictures: does each hold what its caption asks for?",
     "unet": "UNet steps: our engines beside diffusers, torch.compile, OpenVINO and ONNX Runtime",
+    "vae": "VAE decoding: as unet",
     "pipeline": "prompt to picture: our engines beside diffusers and torch.compile",
     "graphs": "CUDA graphs on and off, on a GPU",
     "kernels": "kernels: ours, torch's own, torch.compile's and the physical limit",

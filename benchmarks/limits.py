@@ -7,8 +7,9 @@ for each multiply-add. An algorithm that needs fewer, such as Winograd's for con
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import numpy as np
 
 from benchmarks import measure
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+NARROW = ("fp16", "bf16")
+RATES = {"cpu": ("bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
+"""Device → precisions whose matrix rate is measured."""
 
 
 def count(module: Any, *inputs: Any, **options: Any) -> int:
@@ -34,11 +38,18 @@ def unet_flops(checkpoint: Path, rows: int, height: int, width: int, tokens: int
     import torch
     from diffusers import UNet2DConditionModel
 
+    from export.checkpoint import TIME_IDS
+
     config = _config(checkpoint, "unet")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config).eval()
+        added = None
+        if config.get("addition_embed_type") == "text_time":
+            sizes = TIME_IDS * config["addition_time_embed_dim"]
+            pooled = config["projection_class_embeddings_input_dim"] - sizes
+            added = {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, TIME_IDS)}
         return count(unet, torch.empty(rows, config.get("in_channels", 4), height, width), torch.empty(rows),
-                     torch.empty(rows, tokens, config["cross_attention_dim"]))
+                     torch.empty(rows, tokens, config["cross_attention_dim"]), added_cond_kwargs=added)
 
 
 def vae_decoder_flops(checkpoint: Path, images: int, height: int, width: int) -> int:
@@ -63,12 +74,18 @@ def text_encoder_flops(checkpoint: Path, rows: int, tokens: int = 77) -> int:
         return count(text, torch.zeros(rows, tokens, dtype=torch.long))
 
 
-def matrix_seconds(dtype: str) -> float:
-    """Seconds of one square matrix product of side measure.MATRIX_SIDE["cpu"], the fastest of three."""
+def matrix_seconds(dtype: str, device: str = "cpu") -> float:
+    """Seconds of one square matrix product of side measure.MATRIX_SIDE[device], float32 without TF32.
+
+    On a CPU the fastest of three, on a GPU the mean of as many as fill a tenth of a second.
+    """
     import torch
 
-    n = measure.MATRIX_SIDE["cpu"]
-    a, b = torch.randn(2, n, n).to(getattr(torch, DTYPES[dtype])).unbind()
+    n = measure.MATRIX_SIDE[device]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    a, b = torch.randn(2, n, n, device=device).to(getattr(torch, DTYPES[dtype])).unbind()
+    if device == "cuda":
+        return _on_gpu(lambda: torch.matmul(a, b))
     seconds = []
     for _ in range(4):  # the first wakes the cores
         start = time.perf_counter()
@@ -77,23 +94,41 @@ def matrix_seconds(dtype: str) -> float:
     return min(seconds[1:])
 
 
-def sample(flops: int) -> dict[str, float]:
-    """One turn: operations of the work, and seconds of a matrix product by dtype."""
-    return {"flops": flops, **{dtype: matrix_seconds(dtype) for dtype in DTYPES}}
+def _on_gpu(call: Callable[[], Any]) -> float:
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(calls: int) -> float:
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+    seconds(2)
+    return seconds(math.ceil(0.1 / seconds(2)))
 
 
-def combine(samples: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def sample(flops: int, device: str = "cpu") -> dict[str, Any]:
+    """One turn: operations of the work, those of a matrix product, and the seconds of one by dtype."""
+    return {"flops": flops, "product": 2 * measure.MATRIX_SIDE[device] ** 3,
+            "seconds": {dtype: matrix_seconds(dtype, device) for dtype in RATES[device]}}
+
+
+def combine(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Operations, and by dtype the rate (FLOP/s, at the 20th percentile of the seconds) and the floor in seconds.
 
     product_seconds keeps every sample in order: whether the machine was as fast from the first round to the last.
     """
     if not samples:
         return {}
-    flops, product = samples[0]["flops"], 2 * measure.MATRIX_SIDE["cpu"] ** 3
-    rates = {dtype: product / float(np.percentile([s[dtype] for s in samples], 20)) for dtype in DTYPES}
+    flops, product = samples[0]["flops"], samples[0]["product"]
+    seconds = {dtype: [s["seconds"][dtype] for s in samples] for dtype in samples[0]["seconds"]}
+    rates = {dtype: product / float(np.percentile(values, 20)) for dtype, values in seconds.items()}
     return {"flops": flops, "flop_per_second": rates,
-            "floor_seconds": {dtype: flops / rate for dtype, rate in rates.items()},
-            "product_seconds": {dtype: [s[dtype] for s in samples] for dtype in DTYPES}}
+            "floor_seconds": {dtype: flops / rate for dtype, rate in rates.items()}, "product_seconds": seconds}
 
 
 def _config(checkpoint: Path, component: str) -> dict[str, Any]:

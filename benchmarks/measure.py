@@ -16,9 +16,14 @@ from typing import Any
 
 import numpy as np
 
-LIBRARIES = ("latentrt", "numpy", "onnxruntime", "openvino", "torch", "triton", "diffusers", "transformers")
+from engines.gpu import gpus
+
+LIBRARIES = ("latentrt", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13",
+             "tensorrt-rtx-cu13-bindings", "torch", "triton", "diffusers", "transformers")
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 """Of the square matrices whose product gives a device's matrix rate."""
+SHARE = 1.5
+"""Memory that one contender may take, over its weights in float32: they, and what a library makes of them."""
 
 
 def machine() -> dict[str, Any]:
@@ -53,6 +58,32 @@ def peak_memory() -> int:
 def free_memory() -> int:
     """Bytes that a new process can have without swapping."""
     return _kilobytes("/proc/meminfo", "MemAvailable") * 1024
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise ValueError where fewer bytes are free."""
+    if (free := free_memory()) < needed:
+        raise ValueError(f"{what}: got {free / 1e9:.1f} GB of free memory, expected {needed / 1e9:.1f} GB; end other "
+                         "programs, use a machine with more, or measure a smaller model")
+
+
+def gpu() -> dict[str, Any]:
+    """The first GPU and its driver, as they go into a result file. Raises ValueError without one."""
+    found = gpus()
+    if not found:
+        raise ValueError("--device: got cuda, expected cpu on a machine without an NVIDIA GPU")
+    wanted = "driver_version,power.limit,clocks.max.sm,memory.total"
+    return {"gpu": found[0].name, "arch": found[0].arch, wanted: _nvidia_smi(wanted)}
+
+
+def free_gpu_memory() -> int:
+    """Bytes that are free on the first GPU."""
+    return int(_nvidia_smi("memory.free").split()[0]) * 2**20
+
+
+def _nvidia_smi(wanted: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def size(text: str) -> tuple[int, int]:

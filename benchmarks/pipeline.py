@@ -31,9 +31,10 @@ from typing import Any
 
 import numpy as np
 
+import export
 from benchmarks import limits, measure, turns
+from benchmarks.given import configure_compiler, freeze
 from benchmarks.turns import Contender, Job, Measured, number
-from benchmarks.unet import configure_compiler
 from engines import Bundle
 
 STAGES = ("text", "denoise", "decode")
@@ -61,7 +62,7 @@ Draw = Callable[[], Drawn]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    turns.add_arguments(parser, list(CONTENDERS), rounds=3, seconds=60.0, least=1)
+    turns.add_arguments(parser, list(CONTENDERS), rounds=3, seconds=60.0, least=1, families=export.FAMILIES)
     parser.add_argument("--prompt", default="a photograph of an astronaut riding a horse", metavar="TEXT")
     parser.add_argument("--steps", type=measure.positive, default=20, metavar="N", help="default %(default)s")
     parser.add_argument("--guidance", type=float, default=7.5, metavar="SCALE", help="default %(default)s")
@@ -73,8 +74,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--guidance: got {args.guidance:g}, expected a number above 1, such as 7.5")
     with turns.opened(args) as job:
         drawing = Drawing(**vars(job), prompt=args.prompt, steps=args.steps, guidance=args.guidance, seed=args.seed)
+        manifest = Bundle.open(job.bundle).manifest
+        if len(manifest.text) != 1:
+            raise ValueError(f"{job.bundle}: got a {manifest.family} model, expected one that the runtime draws with; "
+                             "`python -m benchmarks unet` measures its UNet")
         report: dict[str, Any] = {
-            "machine": measure.machine(), "model": Bundle.open(job.bundle).manifest.family,
+            "machine": measure.machine(), "model": manifest.family,
             "size": f"{job.height}x{job.width}", "batch": job.batch, "steps": args.steps, "guidance": args.guidance,
             "seed": args.seed, "prompt": args.prompt}
         status = turns.compare(turns.chosen(args, CONTENDERS, REFERENCE), LIMIT, drawing, args, report,
@@ -114,6 +119,11 @@ def show(report: Mapping[str, Any]) -> None:
         print(measure.table(rows))
 
 
+def ours(backend: str, dtype: str) -> Contender:
+    """The runtime with our engines of one backend and precision."""
+    return Contender(partial(_ours, backend, dtype), keeps=True, backend=backend, dtype=dtype)
+
+
 def _ours(backend: str, dtype: str, job: Drawing) -> Draw:
     from engines import build_all
     from runtime import Pipeline, Request
@@ -139,6 +149,7 @@ def _diffusers(dtype: str, job: Drawing) -> Draw:
 def _compiled(dtype: str, job: Drawing) -> Draw:
     """UNet and VAE decoder through torch.compile, as its documentation does, frozen."""
     configure_compiler(job)
+    freeze()
     return _torch(dtype, job, compiled=True)
 
 
@@ -212,11 +223,11 @@ def _row(name: str, r: Mapping[str, Any]) -> dict[str, str]:
 REFERENCE = "diffusers-fp32"
 LIMIT = Contender(_limits)
 CONTENDERS = {
-    "latentrt-openvino-bf16": Contender(partial(_ours, "openvino", "bf16"), keeps=True),
+    "latentrt-openvino-bf16": ours("openvino", "bf16"),
     "diffusers-bf16": Contender(partial(_diffusers, "bf16")),
     "diffusers-compile-bf16": Contender(partial(_compiled, "bf16"), keeps=True),
     REFERENCE: Contender(partial(_diffusers, "fp32")),
-    "latentrt-openvino-fp32": Contender(partial(_ours, "openvino", "fp32"), keeps=True),
-    "latentrt-onnxruntime-fp32": Contender(partial(_ours, "onnxruntime", "fp32"), keeps=True),
+    "latentrt-openvino-fp32": ours("openvino", "fp32"),
+    "latentrt-onnxruntime-fp32": ours("onnxruntime", "fp32"),
 }
 """Those that hold the weights in 16 bits first: memory holds more of them together. A name ends in its precision."""

@@ -9,49 +9,66 @@ from typing import Any
 
 from tqdm import tqdm
 
+import export
+from benchmarks import measure
 from engines.bundle import MANIFEST
 from engines.publish import publish
-from export import FAMILIES, export
 
 INDEX = "model_index.json"
+FAMILIES = (*export.FAMILIES, "sdxl")
+DTYPE = "fp32; sdxl: fp16"
 
-__all__ = ["FAMILIES", "make"]
 
+def make(family: str, seed: int = 0, directory: Path | None = None, dtype: str = "") -> tuple[Path, Path]:
+    """(bundle, checkpoint) of one of FAMILIES, made where they are not there yet: for sd1 2.3 GB in fp16 and a bundle
+    with the same values, 4.6 GB in fp32; for sdxl 7 GB each, both in fp16.
 
-def make(family: str, seed: int = 0, directory: Path | None = None) -> tuple[Path, Path]:
-    """(bundle, checkpoint) of one of export.FAMILIES, made where they are not there yet: 2.3 GB in fp16 and the bundle
-    in fp32 with the same values, 4.6 GB (sizes of sd1). Random Stable Diffusion XL waits for its export.
-
-    seed: of the weights. directory: where to keep them, by default $XDG_CACHE_HOME/latentrt/random. Raises ValueError
-    for another family, EngineError or ExportError where they cannot be written.
+    seed: of the weights. directory: where to keep them, by default $XDG_CACHE_HOME/latentrt/random. dtype: of the
+    bundle, by default fp32, and fp16 for sdxl. Raises ValueError for another family, or where memory does not hold the
+    UNet; EngineError or ExportError where they cannot be written.
     """
     if family not in FAMILIES:
-        raise ValueError(f"--random: got {family!r}, expected one of {', '.join(FAMILIES)}; export does not know "
-                         "other architectures yet, SDXL included")
+        raise ValueError(f"--random: got {family!r}, expected one of {', '.join(FAMILIES)}")
+    dtype = dtype or ("fp16" if family == "sdxl" else "fp32")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     here = (directory or cache / "latentrt" / "random") / f"{family}-{seed}"
-    checkpoint, bundle = here / "checkpoint", here / "bundle"
+    checkpoint, bundle = here / "checkpoint", here / ("bundle" if dtype == "fp32" else f"bundle-{dtype}")
+    if not (checkpoint / INDEX).is_file() or not (bundle / MANIFEST).is_file():
+        measure.require_memory(round(measure.SHARE * _float_bytes(family)), f"--random {family}")
     if not (checkpoint / INDEX).is_file():
         with publish(checkpoint, force=True) as temporary:
             _save(family, seed, temporary)
     if not (bundle / MANIFEST).is_file():
-        export(checkpoint, bundle)
+        export.export(checkpoint, bundle, dtype=dtype)
     return bundle, checkpoint
+
+
+def _float_bytes(family: str) -> int:
+    """The UNet of a family in float32."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(_config(family)["unet"])
+    return 4 * sum(parameter.numel() for parameter in unet.parameters())
+
+
+def _config(family: str) -> dict[str, Any]:
+    from export.checkpoint import read_json
+    from export.single_file import CONFIGS
+
+    return read_json(CONFIGS / f"{family}.json")
 
 
 def _save(family: str, seed: int, path: Path) -> None:
     import diffusers
     import torch
     import transformers
-    from transformers import CLIPTextConfig, CLIPTextModel
 
-    from export.checkpoint import read_json
-    from export.single_file import CONFIGS
     from export.tokenizer import clip_tokenizer
 
-    config = read_json(CONFIGS / f"{family}.json")
-    generator = torch.Generator().manual_seed(seed)
-    with tqdm(total=4, desc=f"random {family}", unit="part", disable=None) as bar:
+    config, generator = _config(family), torch.Generator().manual_seed(seed)
+    with tqdm(total=5, desc=f"random {family}", unit="part", disable=None) as bar:
         models: dict[str, Any] = {}
         for name, cls in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
             with torch.device("meta"):
@@ -59,15 +76,29 @@ def _save(family: str, seed: int, path: Path) -> None:
             models[name] = fill(torch.nn.Module.to(model, torch.float16).to_empty(device="cpu"), generator)
             bar.update()
         torch.manual_seed(seed)
-        text = CLIPTextModel(CLIPTextConfig.from_dict(config["text_encoder"])).half()  # its own initialisation is sane
+        models["text_encoder"] = _text(transformers.CLIPTextModel, config["text_encoder"])
+        bar.update()
+        models["tokenizer"] = clip_tokenizer(config["pad_token"])
+        if family == "sdxl":
+            pipeline = diffusers.StableDiffusionXLPipeline
+            models["text_encoder_2"] = _text(transformers.CLIPTextModelWithProjection, config["text_encoder_2"])
+            models["tokenizer_2"] = clip_tokenizer(config["pad_token_2"])
+        else:
+            pipeline = diffusers.StableDiffusionPipeline
+            models |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         bar.update()
         scheduler = getattr(diffusers, config["scheduler"]["_class_name"]).from_config(config["scheduler"])
         transformers.logging.disable_progress_bar()  # of its own, under ours
-        diffusers.StableDiffusionPipeline(
-            **models, text_encoder=text, tokenizer=clip_tokenizer(config["pad_token"]), scheduler=scheduler,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(path)
+        pipeline(**models, scheduler=scheduler).save_pretrained(path)
         transformers.logging.enable_progress_bar()
         bar.update()
+
+
+def _text(model: Any, config: dict[str, Any]) -> Any:
+    """Its own initialisation is sane."""
+    from transformers import CLIPTextConfig
+
+    return model(CLIPTextConfig.from_dict(config)).half()
 
 
 def fill(model: Any, generator: Any) -> Any:

@@ -42,7 +42,8 @@ class Job:
     """What every contender of a run is given.
 
     height, width: pixels. batch: pictures at a time. cache: directory for what a contender keeps between two starts,
-    empty before the first. fresh: the first start, which builds what later ones find.
+    empty before the first. fresh: the first start, which builds what later ones find. component: the largest that
+    everyone holds. device: "cpu" or "cuda".
     """
 
     bundle: Path
@@ -52,14 +53,32 @@ class Job:
     batch: int
     cache: Path
     fresh: bool = False
+    component: str = "unet"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """load(job): a Run that has run once and is at full speed. keeps: a second start finds what the first has built."""
+    """load(job): a Run that has run once and is at full speed. keeps: a second start finds what the first has built.
+
+    backend: of ours, whose engine it is. dtype: what it computes in, where that decides whether it takes part. graph:
+    the only precision of a bundle's graph that it can run.
+    """
 
     load: Callable[[Any], Run]
     keeps: bool = False
+    backend: str | None = None
+    dtype: str | None = None
+    graph: str | None = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a Run that measures itself returns: seconds of one call, its result, and memory taken on the GPU so far."""
+
+    seconds: float
+    result: Any
+    gpu_bytes: int = 0
 
 
 @dataclass
@@ -68,7 +87,8 @@ class Measured:
 
     build_seconds: first start, with nothing built. load_seconds: a start that finds what was built. Both are from the
     first import to the end of the first call. seconds, results: of every call. peak_bytes: of resident memory, mapped
-    weight files included. left_out: the reason, for one that could not be measured.
+    weight files included. gpu_bytes: memory taken on the GPU, without CUDA's own context. left_out: the reason, for one
+    that could not be measured.
     """
 
     build_seconds: float | None = None
@@ -76,21 +96,23 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)
     peak_bytes: int = 0
+    gpu_bytes: int = 0
     left_out: str | None = None
 
     def figures(self) -> dict[str, Any]:
         """Everything but the results, for JSON; timings as their spread in seconds."""
         return {**(measure.spread(self.seconds) if self.seconds else {}), "build_seconds": self.build_seconds,
-                "load_seconds": self.load_seconds, "peak_bytes": self.peak_bytes, "left_out": self.left_out}
+                "load_seconds": self.load_seconds, "peak_bytes": self.peak_bytes, "gpu_bytes": self.gpu_bytes,
+                "left_out": self.left_out}
 
 
 def add_arguments(parser: argparse.ArgumentParser, contenders: Sequence[str], rounds: int, seconds: float,
-                  least: int) -> None:
-    """Options of every benchmark that measures in turn."""
+                  least: int, families: Sequence[str] = random_model.FAMILIES) -> None:
+    """Options of every benchmark that measures in turn. families: that --random can make for it."""
     parser.add_argument("bundle", nargs="?", type=Path, help="exported from CHECKPOINT")
     parser.add_argument("checkpoint", nargs="?", type=Path, help="diffusers folder with the same weights")
     parser.add_argument("--random", metavar="NAME", help="instead of both: the full architecture with random weights, "
-                        f"one of {', '.join(random_model.FAMILIES)}; made once, then kept in ~/.cache/latentrt")
+                        f"one of {', '.join(families)}; made once, then kept in ~/.cache/latentrt")
     parser.add_argument("--size", type=measure.size, metavar="HxW", help="pixels (default: the model's own)")
     parser.add_argument("--batch", type=measure.positive, default=1, metavar="N",
                         help="pictures at a time (default %(default)s)")
@@ -101,23 +123,29 @@ def add_arguments(parser: argparse.ArgumentParser, contenders: Sequence[str], ro
                              "%(default)s)")
     parser.add_argument("--only", nargs="+", choices=contenders, metavar="NAME",
                         help=f"some of: {', '.join(contenders)}")
+    parser.add_argument("--without", nargs="+", choices=contenders, default=[], metavar="NAME",
+                        help="leave these out, such as one that takes minutes to start")
     parser.add_argument("--no-build", action="store_true", help="leave out the first starts, with nothing built; "
                         "torch.compile then compiles in its only one")
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="write every figure with machine and versions; rewritten as they come in")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the medians as bars")
-    parser.set_defaults(least=least)
+    parser.set_defaults(least=least, families=families, device="cpu", dtype=None)
 
 
-def chosen(args: argparse.Namespace, contenders: Mapping[str, Contender], reference: str) -> dict[str, Contender]:
-    """Those asked for and the reference; by default all but our engines that are not installed or not for this CPU."""
-    names = [*(args.only or (name for name in contenders if _runs_here(name))), reference]
-    return {name: contenders[name] for name in contenders if name in names}
+def chosen(args: argparse.Namespace, contenders: Mapping[str, Contender], reference: str, graph: str = "fp32",
+           dtype: str | None = None) -> dict[str, Contender]:
+    """Those asked for and the reference; by default all but those that cannot run here, or not on such a graph.
+
+    graph: precision of the bundle's. dtype: leave out who computes in another.
+    """
+    names = set(args.only or (name for name, one in contenders.items() if _takes_part(one, graph, dtype)))
+    return {name: contenders[name] for name in contenders if name in names - set(args.without) | {reference}}
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace) -> Iterator[Job]:
-    """The job that the arguments describe. Raises ValueError or EngineError for one that cannot be."""
+def opened(args: argparse.Namespace, component: str = "unet") -> Iterator[Job]:
+    """The job that the arguments describe, whose memory there is. Raises ValueError or EngineError for others."""
     if args.chart:
         if args.chart.suffix.lower() != ".png":
             raise ValueError(f"--chart: got {args.chart}, expected a name that ends in .png")
@@ -127,12 +155,15 @@ def opened(args: argparse.Namespace) -> Iterator[Job]:
     if args.random:
         if args.bundle:
             raise ValueError(f"got both {args.bundle} and --random {args.random}, expected one; leave out the other")
-        bundle, checkpoint = random_model.make(args.random)
+        if args.random not in args.families:
+            raise ValueError(f"--random: got {args.random!r}, expected one of {', '.join(args.families)}")
+        dtype = args.dtype or ("fp16" if args.device == "cuda" else "")
+        bundle, checkpoint = random_model.make(args.random, dtype=dtype)
     elif args.bundle and args.checkpoint:
         bundle, checkpoint = args.bundle, args.checkpoint
     else:
         raise ValueError("got no model, expected BUNDLE and CHECKPOINT, or --random "
-                         f"{{{','.join(random_model.FAMILIES)}}} for weights that need no download")
+                         f"{{{','.join(args.families)}}} for weights that need no download")
     if not (checkpoint / "unet" / "config.json").is_file():
         raise ValueError(f"{checkpoint}: got no unet/config.json, expected the diffusers folder that {bundle} was "
                          "exported from")
@@ -140,7 +171,9 @@ def opened(args: argparse.Namespace) -> Iterator[Job]:
     height, width = args.size or model.manifest.default_size
     model.check_size(height, width)
     with tempfile.TemporaryDirectory(prefix="latentrt-benchmark-", ignore_cleanup_errors=True) as cache:
-        yield Job(bundle, checkpoint, height, width, args.batch, Path(cache))
+        job = Job(bundle, checkpoint, height, width, args.batch, Path(cache), component=component, device=args.device)
+        measure.require_memory(round(measure.SHARE * _float_bytes(job)), f"{model.manifest.family}'s {component}")
+        yield job
 
 
 def compare(contenders: Mapping[str, Contender], limit: Contender, job: Job, args: argparse.Namespace,
@@ -176,10 +209,12 @@ def draw(path: Path, report: Mapping[str, Any], what: str) -> None:
     bars = [charts.Bar(name, r["median"]) for name, r in report["results"].items() if "median" in r]
     if not bars:
         raise EngineError(f"{path}: got no figures, expected those of one contender at least; see what was left out")
+    machine = report["machine"]
     floors = {f"floor in {dtype}": seconds for dtype, seconds in report["limits"]["floor_seconds"].items()}
     charts.save(path, sorted(bars, key=lambda bar: bar.value), floors,
-                f"{what}\n{report['model']}, {report['size']} pixels, {report['machine']['cores']} cores of "
-                f"{report['machine']['cpu']}", "seconds (less is better)")
+                f"{what}\n{report['model']}, {report['size']} pixels, "
+                f"{machine.get('gpu') or str(machine['cores']) + ' cores of ' + machine['cpu']}",
+                "seconds (less is better)")
 
 
 def number(value: float | None, form: str, unit: str = "") -> str:
@@ -195,6 +230,8 @@ def measure_in_turn(contenders: Mapping[str, Contender], limit: Contender, job: 
     """
     found = {name: Measured() for name in (LIMITS, *contenders)}
     room = 2 * _float_bytes(job)
+    fits: Callable[[], bool] = lambda: measure.free_memory() > room and (  # noqa: E731
+        job.device == "cpu" or measure.free_gpu_memory() > room)
     waiting = list(contenders)
     starts = sum(1 + (c.keeps and not args.no_build) for c in contenders.values())
     with tqdm(total=starts + args.rounds * len(contenders), disable=None) as bar:
@@ -202,7 +239,7 @@ def measure_in_turn(contenders: Mapping[str, Contender], limit: Contender, job: 
             workers: dict[str, Worker] = {}
             try:
                 _start(LIMITS, limit, job, True, workers, found, bar)
-                while waiting and (len(workers) < 2 or measure.free_memory() > room):
+                while waiting and (len(workers) < 2 or fits()):
                     name = waiting.pop(0)
                     _start(name, contenders[name], job, args.no_build, workers, found, bar)
                     after(found)
@@ -240,6 +277,7 @@ class Worker:
                 self._process.start()
             theirs.close()
             self.load_seconds, _, self.peak_bytes = self._receive()
+            self.gpu_bytes = 0
         except BaseException:
             self.close()
             raise
@@ -252,6 +290,9 @@ class Worker:
         except OSError as e:
             raise WorkerError("its process has ended") from e
         seconds, result, self.peak_bytes = self._receive()
+        if isinstance(result, Timed):
+            self.gpu_bytes = result.gpu_bytes
+            return result.seconds, result.result
         return seconds, result
 
     def close(self) -> None:
@@ -280,13 +321,15 @@ class Worker:
         return message
 
 
-def _runs_here(name: str) -> bool:
-    """latentrt-BACKEND-…-DTYPE; what is missing for another's contender shows when it starts."""
-    if not name.startswith("latentrt"):
+def _takes_part(contender: Contender, graph: str, dtype: str | None) -> bool:
+    """What is missing for another's contender shows when it starts."""
+    if contender.graph not in (None, graph) or (dtype and contender.dtype not in (None, dtype)):
+        return False
+    if contender.backend is None:
         return True
-    _, backend, *_, dtype = name.split("-")
-    module = engines.backend(backend)
-    return module.available() is None and dtype in module.dtypes()
+    module = engines.backend(contender.backend)
+    return (module.available() is None and contender.dtype in module.dtypes()
+            and (not module.ON_GPU or contender.dtype == graph))
 
 
 def _start(name: str, contender: Contender, job: Job, built: bool, workers: dict[str, Worker],
@@ -319,7 +362,7 @@ def _turn(name: str, workers: dict[str, Worker], own: Measured, bar: tqdm) -> No
         return
     own.seconds.append(seconds)
     own.results.append(result)
-    own.peak_bytes = workers[name].peak_bytes
+    own.peak_bytes, own.gpu_bytes = workers[name].peak_bytes, workers[name].gpu_bytes
     time.sleep(SETTLE)
 
 
@@ -360,11 +403,11 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _float_bytes(job: Job) -> int:
-    """The bundle's UNet in float32, the largest part of what a contender holds."""
+    """The job's component in float32, the largest part of what a contender holds."""
     bundle = Bundle.open(job.bundle)
-    unet = bundle.component("unet")
-    size = sum(os.path.getsize(bundle.path / file) for file in unet.files)
-    return size * (1 if unet.dtype == "fp32" else 2)
+    component = bundle.component(job.component)
+    size = sum(os.path.getsize(bundle.path / file) for file in component.files)
+    return size * (1 if component.dtype == "fp32" else 2)
 
 
 def _show_limits(report: Mapping[str, Any]) -> None:

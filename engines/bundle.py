@@ -54,13 +54,18 @@ class Component:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """One tokenizer and text encoder: files, tokens per prompt, and the hidden layer that the UNet is given."""
+    """One tokenizer and text encoder: files, tokens per prompt, and the hidden layer that the UNet is given.
+
+    hidden_layer: "last" (after the final norm) or "penultimate" (without a norm). pooled: the output that is the UNet's
+    input text_embeds, "" where it takes none. The hidden states of several encoders are joined along their width.
+    """
 
     component: str
     tokenizer: str
     max_length: int
     pad_id: int
     hidden_layer: str
+    pooled: str = ""
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,14 @@ def run_reference(onnx: Path, component: Component, config: EngineConfig,
 
 
 def inputs(specs: Iterable[TensorSpec], seed: int) -> dict[str, np.ndarray]:
-    """Seeded values for resolved specs: timesteps in [0, 1000), other floats standard normal, token ids below 256."""
+    """Seeded values: timesteps and sizes (time_ids) in [0, 1000), other floats standard normal, token ids below 256."""
     rng = np.random.default_rng(seed)
     feed = {}
     for spec in specs:
         shape = tuple(int(d) for d in spec.shape)
         if np.dtype(spec.dtype).kind != "f":
             feed[spec.name] = rng.integers(0, 256, shape).astype(spec.dtype)
-        elif spec.name == "timestep":
+        elif spec.name in ("timestep", "time_ids"):
             feed[spec.name] = rng.uniform(0, 1000, shape).astype(spec.dtype)
         else:
             feed[spec.name] = rng.standard_normal(shape).astype(spec.dtype)

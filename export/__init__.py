@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 FAMILIES = ("sd1", "sd2-base", "sd2-v")
 """Architectures whose configuration ships in `export/configs`, for single-file checkpoints."""
 
-TOKENIZER = "tokenizer/tokenizer.json"
+TOKENIZERS = ("tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json")
+"""Files of a bundle, for one text encoder or two."""
 
 
 class ExportError(RuntimeError):
@@ -40,6 +41,7 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", f
 
     checkpoint: a diffusers folder, or one .safetensors / .ckpt file in the original Stable Diffusion 1.x or 2.x layout.
     dtype: precision of weights and arithmetic, "fp32" (also "auto"), "fp16" or "bf16"; inputs and outputs are float32.
+    The VAE of Stable Diffusion XL, which overflows fp16, is then bf16.
     force: replace what is at `output`. progress: draw a bar if stderr is a terminal. config, for a single file: one of
     FAMILIES, or a diffusers folder whose configuration (not weights) is used. tokenizer: a folder to use instead of the
     checkpoint's. Nothing is downloaded. Raises ExportError or engines.EngineError; what was at `output` is then still
@@ -50,33 +52,38 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", f
     dtype = "fp32" if dtype == "auto" else dtype
     with publish(Path(output), force, marker=MANIFEST) as directory:
         from export.checkpoint import open_checkpoint
-        from export.component import COMPONENTS, STAGES, export_component
+        from export.component import STAGES, export_component, graphs, precision
         from export.tokenizer import save_tokenizer
 
         source = open_checkpoint(Path(checkpoint), config, tokenizer)
-        total, hidden = len(STAGES) * len(COMPONENTS), None if progress else True  # None: unless stderr is a terminal
-        with tqdm(total=total, disable=hidden, leave=False, unit="stage") as stages:
+        names, hidden = tuple(graphs(source)), None if progress else True  # None: unless stderr is a terminal
+        with tqdm(total=len(STAGES) * len(names), disable=hidden, leave=False, unit="stage") as stages:
             def on_stage(name: str) -> None:
                 stages.set_description(name)
                 stages.update()
 
             components: dict[str, Any] = {}
-            for name in COMPONENTS:
-                components |= export_component(name, source, dtype, directory, on_stage)
-        save_tokenizer(source.tokenizer, directory / TOKENIZER)
+            for name in names:
+                components |= export_component(name, source, precision(name, source, dtype), directory, on_stage)
+        for (_, _, words), file in zip(source.texts, TOKENIZERS, strict=False):
+            save_tokenizer(words, directory / file)
         write_manifest(directory, _manifest(source, components, directory))
     return Bundle.open(output)
 
 
 def _manifest(source: Checkpoint, components: dict[str, Any], directory: Path) -> Manifest:
-    length, pad = source.max_length, source.tokenizer.pad_token_id
+    xl = source.text_encoder_2 is not None
+    texts = tuple(
+        TextSpec(name, file, source.max_length, tokenizer.pad_token_id, "penultimate" if xl else "last",
+                 pooled="text_embeds" if name == "text_encoder_2" else "")
+        for (name, _, tokenizer), file in zip(source.texts, TOKENIZERS, strict=False))
     return Manifest(
         family=source.family, components=components, scheduler=source.scheduler,
         prediction_type=source.scheduler.get("prediction_type", "epsilon"),
         latent=LatentSpec(channels=source.vae["latent_channels"], scale=source.scale, shift=source.shift,
                           factor=source.factor, multiple=source.multiple),
-        text=(TextSpec("text_encoder", TOKENIZER, length, pad, "last"),), default_size=source.default_size,
-        files=hash_files(directory, [TOKENIZER]), provenance=_provenance(source))
+        text=texts, default_size=source.default_size,
+        files=hash_files(directory, [text.tokenizer for text in texts]), provenance=_provenance(source))
 
 
 def _provenance(source: Checkpoint) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> Bundle:
 
         engine, computes = choose(build, options.dtype)
         if engines.backend(engine).ON_GPU:
-            computes, device = dtype, options.gpu or "cuda:0"
+            computes, device = "auto", options.gpu or "cuda:0"  # as each graph is: XL's VAE is bf16 in an fp16 bundle
             engines.backend(engine).versions(EngineConfig(engine, dtype, device=device))
     bundle = export(options.checkpoint, options.output, force=options.force, progress=not options.quiet, dtype=dtype,
                     config=options.config, tokenizer=options.tokenizer)
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> Bundle:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Turn a Stable Diffusion 1.x or 2.x checkpoint into a bundle that the runtime opens.")
+        description="Turn a Stable Diffusion 1.x, 2.x or XL checkpoint into a bundle.")
     parser.add_argument("checkpoint", type=Path, help="a diffusers folder, or a .safetensors or .ckpt file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",

@@ -12,17 +12,22 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from export import ExportError, first_line
 from export.tokenizer import load_tokenizer
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 MODELS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+XL_MODELS = {**MODELS, "text_encoder_2": CLIPTextModelWithProjection}
+PIPELINES = {"StableDiffusionPipeline": MODELS, "StableDiffusionImg2ImgPipeline": MODELS,
+             "StableDiffusionXLPipeline": XL_MODELS}
+"""Pipelines that can be exported → the models of each."""
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+TIME_IDS = 6
+"""Numbers that condition an XL UNet: original height and width, top and left of the crop, target height and width
+(Podell et al., SDXL, 2023, section 2.2)."""
 
-_UNSUPPORTED_UNET = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds",
-                     "time_cond_proj_dim")
+_UNSUPPORTED_UNET = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Checkpoint:
 
     name: its file or folder name. root: folder of `weights`, the files that hold them. unet, vae, text_encoder: their
     configurations, as diffusers and transformers write them. scheduler: its scheduler_config. load: "unet", "vae" or
-    "text_encoder" → the module with float32 weights, in eval mode; raises ExportError.
+    "text_encoder" → the module with float32 weights, in eval mode; raises ExportError. text_encoder_2, tokenizer_2:
+    of Stable Diffusion XL, None for others.
     """
 
     name: str
@@ -43,12 +49,21 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     tokenizer: CLIPTokenizer
     load: Callable[[str], torch.nn.Module]
+    text_encoder_2: Mapping[str, Any] | None = None
+    tokenizer_2: CLIPTokenizer | None = None
 
     def __post_init__(self) -> None:
         for key in _UNSUPPORTED_UNET:
             if self.unet.get(key) is not None:
                 raise ExportError(f"{self.name}: got a UNet with {key}={self.unet[key]!r}, expected none; "
-                                  "only text-to-image Stable Diffusion 1.x and 2.x are supported today")
+                                  "only text-to-image Stable Diffusion 1.x, 2.x and XL are supported today")
+        found, takes = self.unet.get("addition_embed_type"), "text_time" if self.text_encoder_2 else None
+        if found != takes:
+            raise ExportError(f"{self.name}: got a UNet with addition_embed_type={found!r}, expected {takes!r} in a "
+                              f"model of {len(self.texts)} text encoders; its folders are of different models")
+        if self.text_encoder_2 and self.time_ids != TIME_IDS:
+            raise ExportError(f"{self.name}: got a UNet that takes {self.time_ids} numbers for sizes, expected "
+                              f"{TIME_IDS} as the base model does; the refiner is not supported")
         got, expected = self.unet.get("in_channels", 4), self.vae["latent_channels"]
         if got != expected:
             raise ExportError(f"{self.name}: got a UNet with {got} input channels, expected {expected}; inpainting, "
@@ -56,14 +71,37 @@ class Checkpoint:
         prediction = self.scheduler.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise ExportError(f"{self.name}: got prediction_type {prediction!r}, expected {', '.join(PREDICTIONS)}")
-        if len(self.tokenizer) > self.text_encoder["vocab_size"]:
-            raise ExportError(f"{self.name}: got a tokenizer of {len(self.tokenizer)} tokens for a text encoder of "
-                              f"{self.text_encoder['vocab_size']}; pass the model's own with --tokenizer DIR")
+        for _, config, tokenizer in self.texts:
+            if len(tokenizer) > config["vocab_size"]:
+                raise ExportError(f"{self.name}: got a tokenizer of {len(tokenizer)} tokens for a text encoder of "
+                                  f"{config['vocab_size']}; pass the model's own with --tokenizer DIR")
 
     @property
     def family(self) -> str:
-        """ "sd1" and "sd2" by their text width; "stable-diffusion" for any other of the same layout."""
+        """ "sdxl"; "sd1" and "sd2" by their text width; "stable-diffusion" for any other of the same layout."""
+        if self.text_encoder_2:
+            return "sdxl"
         return {768: "sd1", 1024: "sd2"}.get(self.unet["cross_attention_dim"], "stable-diffusion")
+
+    @property
+    def texts(self) -> tuple[tuple[str, Mapping[str, Any], CLIPTokenizer], ...]:
+        """Name, configuration and tokenizer of each text encoder, in the order in which their states are joined."""
+        first = ("text_encoder", self.text_encoder, self.tokenizer)
+        if self.text_encoder_2 is None or self.tokenizer_2 is None:
+            return (first,)
+        return first, ("text_encoder_2", self.text_encoder_2, self.tokenizer_2)
+
+    @property
+    def time_ids(self) -> int:
+        """Numbers that an XL UNet takes beside the pooled text: what its embedding has room for."""
+        assert self.text_encoder_2
+        room = self.unet["projection_class_embeddings_input_dim"] - self.text_encoder_2["projection_dim"]
+        return room // self.unet["addition_time_embed_dim"]
+
+    @property
+    def vae_overflows(self) -> bool:
+        """Whether the VAE's activations leave the range of float16: diffusers' XL pipeline then decodes in float32."""
+        return self.family == "sdxl" and bool(self.vae.get("force_upcast", True))
 
     @property
     def factor(self) -> int:
@@ -86,7 +124,8 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """Tokens a prompt is padded or cut to."""
-        return min(self.tokenizer.model_max_length, self.text_encoder["max_position_embeddings"])
+        return min(n for _, config, tokenizer in self.texts
+                   for n in (tokenizer.model_max_length, config["max_position_embeddings"]))
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -112,16 +151,20 @@ def open_checkpoint(path: Path, config: str | Path | None = None, tokenizer: str
 
 def open_folder(path: Path, tokenizer: str | Path | None = None) -> Checkpoint:
     """Look at a diffusers folder: model_index.json and a subfolder for each component. Raises ExportError."""
-    read_pipeline(path)
-    weights = tuple(file for name in MODELS for file in _weight_files(path / name))
+    models = read_pipeline(path)
+    two = "text_encoder_2" in models
+    if two and tokenizer:
+        raise ExportError(f"{path}: got a tokenizer for a model that has two of its own; leave out --tokenizer")
+    weights = tuple(file for name in models for file in _weight_files(path / name))
     return Checkpoint(
-        name=path.resolve().name, root=path, weights=weights, **read_configs(path),
+        name=path.resolve().name, root=path, weights=weights, **read_configs(path, models),
         tokenizer=load_tokenizer(Path(tokenizer) if tokenizer else path / "tokenizer"),
-        load=lambda name: _load_folder(path / name, MODELS[name]))
+        tokenizer_2=load_tokenizer(path / "tokenizer_2") if two else None,
+        load=lambda name: _load_folder(path / name, models[name]))
 
 
-def read_pipeline(path: Path) -> None:
-    """Check that `path`/model_index.json names a pipeline that is supported. Raises ExportError."""
+def read_pipeline(path: Path) -> Mapping[str, Any]:
+    """The models of the pipeline that `path`/model_index.json names. Raises ExportError where it is not supported."""
     index = path / "model_index.json"
     if not index.is_file():
         raise ExportError(f"{path}: not a diffusers folder, it has no model_index.json; give the folder that "
@@ -129,16 +172,18 @@ def read_pipeline(path: Path) -> None:
     found = read_json(index).get("_class_name")
     if found not in PIPELINES:
         raise ExportError(f"{path}: got a {found}, expected one of {', '.join(PIPELINES)}; "
-                          "only text-to-image Stable Diffusion 1.x and 2.x are supported today")
+                          "only text-to-image Stable Diffusion 1.x, 2.x and XL are supported today")
+    return PIPELINES[found]
 
 
-def read_configs(path: Path) -> dict[str, Any]:
+def read_configs(path: Path, models: Mapping[str, Any] = MODELS) -> dict[str, Any]:
     """The configurations in a diffusers folder, with the defaults of what they leave out. Raises ExportError."""
-    configs = {name: read_json(path / name / "config.json") for name in MODELS}
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    text = configs["text_encoder"]
-    return {"unet": {"in_channels": 4, **configs["unet"]}, "vae": {"latent_channels": 4, **configs["vae"]},
-            "text_encoder": {"max_position_embeddings": 77, "vocab_size": 49408, **text}, "scheduler": scheduler}
+    text = {"max_position_embeddings": 77, "vocab_size": 49408}
+    defaults: dict[str, dict[str, Any]] = {
+        "unet": {"in_channels": 4}, "vae": {"latent_channels": 4}, "text_encoder": text,
+        "text_encoder_2": {"projection_dim": 512, **text}}
+    return {**{name: {**defaults[name], **read_json(path / name / "config.json")} for name in models},
+            "scheduler": read_json(path / "scheduler" / "scheduler_config.json")}
 
 
 def read_json(path: Path) -> dict[str, Any]:

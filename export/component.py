@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,14 @@ from engines.bundle import Check, Component, hash_files
 from engines.spec import EngineConfig, EngineError
 from export import ExportError
 from export.checkpoint import Checkpoint
-from export.graphs import GRAPHS, Graph
+from export.graphs import GRAPHS, XL_GRAPHS, Graph
 from export.hoist import Part, hoist
 from export.trace import trace
 
 logger = logging.getLogger(__name__)
 
 COMPONENTS = tuple(GRAPHS)
+"""Of Stable Diffusion 1.x and 2.x; `graphs` says those of a checkpoint."""
 STAGES = ("load", "trace", "save", "check")
 """Of each component."""
 
@@ -35,6 +36,16 @@ SEED = 1234
 """Of the inputs that a graph is checked with."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def graphs(checkpoint: Checkpoint) -> Mapping[str, type[Graph]]:
+    """The components of a checkpoint's bundle → how each is traced."""
+    return XL_GRAPHS if checkpoint.text_encoder_2 else GRAPHS
+
+
+def precision(name: str, checkpoint: Checkpoint, dtype: str) -> str:
+    """What component `name` has in a bundle of `dtype`: bf16 instead of fp16 for a VAE that overflows that."""
+    return "bf16" if dtype == "fp16" and name.startswith("vae") and checkpoint.vae_overflows else dtype
 
 
 def export_component(name: str, checkpoint: Checkpoint, dtype: str, directory: Path,
@@ -84,8 +95,9 @@ def export_component(name: str, checkpoint: Checkpoint, dtype: str, directory: P
 
 
 def _load(name: str, checkpoint: Checkpoint) -> Graph:
+    graph = graphs(checkpoint)[name]
     with _no_progress_bars():
-        return GRAPHS[name](checkpoint.load(GRAPHS[name].source), checkpoint).eval()
+        return graph(checkpoint.load(graph.source), checkpoint).eval()
 
 
 def _dims(checkpoint: Checkpoint, check: bool) -> dict[str, int]:

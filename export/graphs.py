@@ -1,4 +1,4 @@
-"""The four graphs of a bundle as PyTorch modules: float32 in and out, whatever the model's dtype.
+"""The graphs of a bundle as PyTorch modules: float32 in and out, whatever the model's dtype.
 
 Each graph says its inputs and outputs, in the dimension names of `engines.EngineConfig.dims`.
 """
@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from engines.spec import TensorSpec
 from export.checkpoint import Checkpoint
@@ -40,15 +41,15 @@ class Graph(nn.Module):
         return next(self.model.parameters()).dtype
 
     def example(self, dims: Mapping[str, int], seed: int) -> tuple[torch.Tensor, ...]:
-        """Random inputs: standard normal, token ids from the vocabulary, timesteps in [0, 1000)."""
+        """Random inputs: standard normal, token ids from the vocabulary, timesteps and sizes in [0, 1000)."""
         generator = torch.Generator().manual_seed(seed)
         values = []
         for spec in self.inputs:
             shape = [d if isinstance(d, int) else dims[d] for d in spec.shape]
             if spec.name == "input_ids":
-                size = self.checkpoint.text_encoder["vocab_size"]
+                size = min(config["vocab_size"] for _, config, _ in self.checkpoint.texts)
                 values.append(torch.randint(size, shape, generator=generator))
-            elif spec.name == "timestep":
+            elif spec.name in ("timestep", "time_ids"):
                 values.append(torch.rand(shape, generator=generator) * 1000)
             else:
                 values.append(torch.randn(shape, generator=generator))
@@ -62,19 +63,50 @@ class TextEncoder(Graph):
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         super().__init__(model, checkpoint)
-        length, width = checkpoint.max_length, checkpoint.text_encoder["hidden_size"]
+        self.config = {name: config for name, config, _ in checkpoint.texts}[self.source]
+        length, width = checkpoint.max_length, self.config["hidden_size"]
         self.inputs = (TensorSpec("input_ids", "int64", ("batch", length)),)
         self.outputs = (TensorSpec("hidden_states", "float32", ("batch", length, width)),)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return self.model(input_ids).last_hidden_state.float()
 
 
+class FirstXLTextEncoder(TextEncoder):
+    """Token ids → the last hidden states but one, without a norm; the last layer is left out."""
+
+    @property
+    def used(self) -> nn.Module:
+        encoder = next(module for module in self.model.modules() if isinstance(module, CLIPEncoder))
+        return nn.ModuleList(encoder.layers[:-1])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, output_hidden_states=True).hidden_states[-2].float()
+
+
+class SecondXLTextEncoder(TextEncoder):
+    """Token ids → the last hidden states but one, and the projected last state of the end token (the pooled text)."""
+
+    source = "text_encoder_2"
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        super().__init__(model, checkpoint)
+        self.outputs += (TensorSpec("text_embeds", "float32", ("batch", self.config["projection_dim"])),)
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        encoded = self.model(input_ids, output_hidden_states=True)
+        return encoded.hidden_states[-2].float(), encoded.text_embeds.float()
+
+
 class UNet(Graph):
-    """Noisy latents, a timestep for each row, and text → the model's prediction, as `prediction_type` says."""
+    """Noisy latents, a timestep for each row, and text → the model's prediction, as `prediction_type` says.
+
+    That of Stable Diffusion XL also takes text_embeds, the pooled text, and time_ids, the six numbers of
+    `export.checkpoint.TIME_IDS`; it adds what it makes of them to the embedding of the timestep.
+    """
 
     source = "unet"
-    invariant: ClassVar = {"text": ("encoder_hidden_states",), "time": ("timestep",)}
+    invariant: ClassVar = {"text": ("encoder_hidden_states",), "time": ("timestep", "text_embeds", "time_ids")}
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         super().__init__(model, checkpoint)
@@ -83,12 +115,19 @@ class UNet(Graph):
         self.inputs = (TensorSpec("sample", "float32", ("batch", channels, *latent)),
                        TensorSpec("timestep", "float32", ("batch",)),
                        TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", width)))
+        if checkpoint.text_encoder_2:
+            pooled = checkpoint.text_encoder_2["projection_dim"]
+            self.inputs += (TensorSpec("text_embeds", "float32", ("batch", pooled)),
+                            TensorSpec("time_ids", "float32", ("batch", checkpoint.time_ids)))
         self.outputs = (TensorSpec("noise_pred", "float32", ("batch", checkpoint.vae["latent_channels"], *latent)),)
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor,
-                encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        text = encoder_hidden_states.to(self.dtype)
-        return self.model(sample.to(self.dtype), timestep, text, return_dict=False)[0].float()
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,
+                text_embeds: torch.Tensor | None = None, time_ids: torch.Tensor | None = None) -> torch.Tensor:
+        added = None
+        if text_embeds is not None:  # the sizes stay float32: in bfloat16 1023 would be 1024
+            added = {"text_embeds": text_embeds.to(self.dtype), "time_ids": time_ids}
+        return self.model(sample.to(self.dtype), timestep, encoder_hidden_states.to(self.dtype),
+                          added_cond_kwargs=added, return_dict=False)[0].float()
 
 
 class VAEDecoder(Graph):
@@ -134,3 +173,6 @@ class VAEEncoder(Graph):
 
 GRAPHS: Mapping[str, type[Graph]] = {
     "text_encoder": TextEncoder, "unet": UNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}
+XL_GRAPHS: Mapping[str, type[Graph]] = {
+    "text_encoder": FirstXLTextEncoder, "text_encoder_2": SecondXLTextEncoder,
+    "unet": UNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}

@@ -36,7 +36,8 @@ def open_single_file(path: Path, config: str | Path | None, tokenizer: str | Pat
     if absent := [prefix for prefix in PREFIXES.values() if not any(name.startswith(prefix) for name in state)]:
         found = next((kind for start, kind in _OTHERS.items() if any(n.startswith(start) for n in state)), "a file")
         raise ExportError(f"{path}: got {found} without weights named {'*, '.join(absent)}*, expected a whole "
-                          "Stable Diffusion 1.x or 2.x checkpoint in the original layout")
+                          "Stable Diffusion 1.x or 2.x checkpoint in the original layout; give others that are "
+                          "supported as a diffusers folder")
     configs, words = _configuration(path, state, config)
     configs["unet"] = {**configs["unet"], "in_channels": state[_CONV_IN].shape[1]}
 

@@ -99,6 +99,7 @@ class Pipeline:
         """
         start = time.perf_counter()
         bundle = Bundle.open(path)
+        _require_one_text(bundle)
         backend, chosen = choose(backend, dtype, device)
         device = device_of(backend, device)
         if engines.backend(backend).ON_GPU:
@@ -280,6 +281,15 @@ class Pipeline:
 
     def _bar(self, total: int, desc: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=desc, unit=unit, disable=None if self._progress else True, leave=False)
+
+
+def _require_one_text(bundle: Bundle) -> None:
+    """Raise EngineError for a UNet that takes more than the hidden states of one text encoder."""
+    texts = bundle.manifest.text
+    if len(texts) != 1 or texts[0].pooled:
+        raise EngineError(f"{bundle.path}: got a {bundle.manifest.family} model, whose UNet takes pooled text, picture "
+                          f"sizes and the text of {len(texts)} encoders; expected Stable Diffusion 1.x or 2.x. Draw "
+                          "with one of those: this version exports, builds and measures Stable Diffusion XL only")
 
 
 def _size(request: Request) -> tuple[int, int]:

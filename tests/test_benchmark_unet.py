@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 import engines
-from benchmarks import charts, limits, pipeline, random_model, turns, unet
+from benchmarks import charts, components, limits, measure, on_cpu, on_gpu, pipeline, random_model, turns, unet
 from benchmarks.__main__ import main
 from engines.choice import choose
 from export import export
 from export.single_file import CONFIGS
 from tests import tiny
+from tests.conftest import why_no_gpu
 
 RMS = {"bf16": 5e-2, "fp32": 1e-4}
 BF16 = choose("openvino")[1] == "bf16"
 COMPILED = "diffusers-compile-bf16"
+ALL = argparse.Namespace(only=None, without=[])
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +62,18 @@ def check_figures(results: dict[str, Any], limit: dict[str, Any], reference: str
 
 
 def test_unet_steps(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = here(unet.CONTENDERS)
+    names = here(on_cpu.CONTENDERS)
     chart = tmp_path / "unet.png"
     report = measured(model, "unet", tmp_path, "--batch", "2", "--only", *names, "--chart", str(chart))
     results = report["results"]
     assert list(results) == names and report["rows"] == 4
     assert report["limits"]["flops"] == limits.unet_flops(Path(model[1]), 4, 8, 8)
-    check_figures(results, report["limits"], unet.REFERENCE)
+    check_figures(results, report["limits"], on_cpu.REFERENCE)
     for name, result in results.items():
         assert result["steps_per_second"] == pytest.approx(1 / result["median"])
+        assert result["images_per_second"] == pytest.approx(2 / result["median"])
         assert result["rel_rms"] <= RMS[name[-4:]]
-    assert all(results[name]["rel_rms"] > 0 for name in names if name != unet.REFERENCE)
+    assert all(results[name]["rel_rms"] > 0 for name in names if name != on_cpu.REFERENCE)
     if BF16:
         rows = report["waterfall"]
         assert [row["contender"] for row in rows] == [name for _, name in unet.WATERFALL]
@@ -108,7 +112,7 @@ def test_pictures(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_torch_compile(model: list[str], tmp_path: Path) -> None:
     """A minute or more: it compiles, and a second start finds what the first has compiled."""
     report = measured(model, "unet", tmp_path, "--only", COMPILED)
-    check_figures(report["results"], report["limits"], unet.REFERENCE)
+    check_figures(report["results"], report["limits"], on_cpu.REFERENCE)
     result = report["results"][COMPILED]
     assert 0 < result["rel_rms"] <= RMS["bf16"] and result["load_seconds"] < result["build_seconds"]
     report = measured(model, "pipeline", tmp_path, "--only", COMPILED, "--steps", "2", "--no-build")
@@ -156,8 +160,8 @@ def test_a_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     made = weights.stat().st_mtime_ns, (bundle / "manifest.json").stat().st_mtime_ns
     assert random_model.make("sd1", directory=tmp_path) == (bundle, checkpoint)
     assert made == (weights.stat().st_mtime_ns, (bundle / "manifest.json").stat().st_mtime_ns)
-    job = unet.Job(bundle, checkpoint, 64, 64, 1, tmp_path)
-    out = unet._onnxruntime(job)()
+    job = turns.Job(bundle, checkpoint, 64, 64, 1, tmp_path)
+    out = on_cpu._onnxruntime(job)()
     assert 0.2 < out.std() < 5
     shutil.rmtree(checkpoint)
     random_model.make("sd1", directory=tmp_path)
@@ -167,23 +171,76 @@ def test_a_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_engine_that_cannot_run_here_takes_part_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.backend("openvino"), "dtypes", lambda: ("fp32",))
     monkeypatch.setattr(engines.backend("onnxruntime"), "available", lambda: "it is not installed")
-    default = turns.chosen(argparse.Namespace(only=None), unet.CONTENDERS, unet.REFERENCE)
+    default = turns.chosen(ALL, on_cpu.CONTENDERS, on_cpu.REFERENCE)
     assert [name for name in default if name.startswith("latentrt")] == ["latentrt-openvino-fp32"]
     assert {"onnxruntime-fp32", "openvino-bf16", COMPILED} <= set(default)
-    asked = turns.chosen(argparse.Namespace(only=["latentrt-openvino-bf16"]), unet.CONTENDERS, unet.REFERENCE)
-    assert list(asked) == ["latentrt-openvino-bf16", unet.REFERENCE]
+    some = argparse.Namespace(only=["latentrt-openvino-bf16", COMPILED], without=[COMPILED, on_cpu.REFERENCE])
+    asked = turns.chosen(some, on_cpu.CONTENDERS, on_cpu.REFERENCE)
+    assert list(asked) == ["latentrt-openvino-bf16", on_cpu.REFERENCE]
+
+
+def test_on_a_gpu_everyone_computes_in_the_precision_of_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {name: SimpleNamespace(available=lambda: None, dtypes=lambda: ("fp16", "bf16", "fp32"),
+                                   ON_GPU=engines.backend(name).ON_GPU) for name in on_gpu.BACKENDS}
+    monkeypatch.setattr(engines, "backend", found.__getitem__)
+    for dtype in ("fp16", "bf16"):
+        default = turns.chosen(ALL, on_gpu.CONTENDERS, on_gpu.REFERENCE, dtype, dtype)
+        ours = [f"latentrt-{backend}-{eager}{dtype}" for backend in on_gpu.BACKENDS for eager in ("", "eager-")]
+        peers = [f"diffusers-{dtype}", f"diffusers-graph-{dtype}", f"onnxruntime-{dtype}"]
+        assert list(default) == [on_gpu.REFERENCE, *peers, *ours, f"diffusers-compile-{dtype}"]
+    graph_in_fp32 = turns.chosen(ALL, on_gpu.CONTENDERS, on_gpu.REFERENCE, "fp32", "fp16")
+    assert "diffusers-fp16" in graph_in_fp32 and "onnxruntime-fp16" not in graph_in_fp32
+    assert not any("tensorrt" in name for name in graph_in_fp32)  # it computes in the graph's own
+
+
+def test_a_table_of_a_gpu_is_in_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"median": 0.005, "p20": 0.004, "p80": 0.006, "steps_per_second": 200.0, "images_per_second": 400.0,
+              "speed": 20.0, "share_of_floor": 0.4, "rel_rms": 1e-3, "build_seconds": None, "load_seconds": 3.0,
+              "peak_bytes": 2e9, "gpu_bytes": 3e9, "left_out": None}
+    rows = components.waterfall({"latentrt-inductor-fp16": result}, unet.gpu_waterfall("fp16"))
+    components.show({"device": "cuda", "component": "unet", "results": {"x": result}, "waterfall": rows})
+    head, line = (text.split() for text in capsys.readouterr().out.splitlines())
+    assert head == ["contender", "ms", "p20", "p80", "step/s", "image-step/s", "speed", "of", "floor", "error", "first",
+                    "s", "start", "s", "GB", "GPU", "GB"]
+    assert line == ["x", "5.000", "4.000", "6.000", "200", "400", "20.00", "x", "40", "%", "1.0e-03", "-", "3.0", "2.0",
+                    "3.0"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("component", ["unet", "vae"])
+def test_on_a_gpu(model: list[str], tmp_path: Path, component: str) -> None:
+    names = ["diffusers-graph-fp16", "diffusers-fp16", on_gpu.REFERENCE]
+    report = measured(model, component, tmp_path, "--device", "cuda", "--only", *names)
+    for name, result in report["results"].items():
+        assert result["left_out"] is None and result["rel_rms"] <= (1e-2 if name.endswith("fp16") else 0)
+        assert result["gpu_bytes"] > 0
+    assert report["results"]["diffusers-graph-fp16"]["median"] < report["results"]["diffusers-fp16"]["median"]
+    assert set(report["limits"]["floor_seconds"]) == {"fp16", "bf16", "fp32"}
+
+
+@pytest.mark.skipif(not why_no_gpu(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_made_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unet", "--random", "sdxl", "--device", "cuda"]) == 2
+    assert "got cuda, expected cpu on a machine without an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_without_memory_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "free_memory", lambda: 15e9)
+    with pytest.raises(ValueError, match=r"--random sdxl: got 15\.0 GB of free memory, expected 15\.4 GB; end other"):
+        random_model.make("sdxl", directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "got no model, expected BUNDLE and CHECKPOINT, or --random {sd1,sd2-base,sd2-v}"),
-    (["--random", "sdxl"], "--random: got 'sdxl', expected one of sd1, sd2-base, sd2-v"),
+    (["--random", "sd3"], "--random: got 'sd3', expected one of sd1, sd2-base, sd2-v"),
     (["{bundle}"], "got no model"),
     (["{bundle}", "{checkpoint}", "--random", "sd1"], "expected one; leave out the other"),
     (["{bundle}", "nowhere"], "nowhere: got no unet/config.json"),
     (["nowhere", "{checkpoint}"], "make one with: python -m export"),
     (["{bundle}", "{checkpoint}", "--size", "100x64"], "expected multiples of 16"),
     (["{bundle}", "{checkpoint}", "--chart", "bars.svg"], "--chart: got bars.svg, expected a name that ends in .png"),
-], ids=["nothing", "sdxl", "no-checkpoint", "both", "checkpoint", "bundle", "size", "chart"])
+], ids=["nothing", "sd3", "no-checkpoint", "both", "checkpoint", "bundle", "size", "chart"])
 @pytest.mark.parametrize("command", ["unet", "pipeline"])
 def test_what_cannot_be_measured_is_refused(model: list[str], command: str, arguments: list[str], message: str,
                                             capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +248,11 @@ def test_what_cannot_be_measured_is_refused(model: list[str], command: str, argu
     assert main([command, *(a.format(bundle=bundle, checkpoint=checkpoint) for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
+
+
+def test_a_contender_of_another_device_is_refused(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vae", *model, "--only", "diffusers-graph-fp16"]) == 2
+    assert "--only: got diffusers-graph-fp16 on cpu, expected some of latentrt-" in capsys.readouterr().err
 
 
 def test_guidance_is_needed(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:

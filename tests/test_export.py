@@ -62,7 +62,8 @@ def run(file: Path, inputs: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
 
 
 def error(file: Path, name: str, checkpoint: Checkpoint, size: dict[str, int]) -> float:
-    graph = GRAPHS[name](checkpoint.load(GRAPHS[name].source), checkpoint)
+    kind = component.graphs(checkpoint)[name]
+    graph = kind(checkpoint.load(kind.source), checkpoint)
     inputs = graph.example(size, seed=5)
     with torch.no_grad():
         expected = graph(*inputs)

@@ -21,7 +21,7 @@ from benchmarks import charts, limits, measure, turns
 from benchmarks.turns import Contender, Job, Measured
 from tests.small import small_bundle
 
-RATES = {"flops": 1e9, "bf16": 0.5, "fp32": 2.0}
+RATES = {"flops": 1e9, "product": 3e9, "seconds": {"bf16": 0.5, "fp32": 2.0}}
 
 
 def now(job: Job) -> Callable[[], float]:
@@ -36,6 +36,17 @@ def cached(job: Job) -> Callable[[], bool]:
     return job.cache.exists
 
 
+def timed(job: Job) -> Callable[[], turns.Timed]:
+    """Takes no time, and says that each call took an hour of a GPU and a megabyte of its memory."""
+    taken = 0
+
+    def run() -> turns.Timed:
+        nonlocal taken
+        taken += 10**6
+        return turns.Timed(3600.0, "result", taken)
+    return run
+
+
 def broken(when: str, job: Job) -> Callable[[], Any]:
     def run() -> None:
         raise ValueError("cannot run\nfor several reasons")
@@ -45,7 +56,7 @@ def broken(when: str, job: Job) -> Callable[[], Any]:
     return run if when == "turn" else partial(os._exit, 3)
 
 
-def rates(job: Job) -> Callable[[], dict[str, float]]:
+def rates(job: Job) -> Callable[[], dict[str, Any]]:
     return RATES.copy
 
 
@@ -87,6 +98,12 @@ def test_what_a_first_start_has_built_is_there_at_the_second(job: Job) -> None:
     assert found.build_seconds is not None and found.load_seconds is not None
 
 
+def test_one_that_measures_itself_is_believed(job: Job) -> None:
+    found = measured(job, {"a": Contender(timed)}, seconds=1e9)["a"]
+    assert found.seconds == [3600.0] * 3 and found.results == ["result"] * 3
+    assert found.figures()["gpu_bytes"] == 3 * 10**6
+
+
 @pytest.mark.parametrize(("when", "reason"), [
     ("start", "ValueError: cannot start"), ("turn", "ValueError: cannot run"), ("exit", "ended with status 3"),
 ])
@@ -97,10 +114,10 @@ def test_one_that_fails_is_left_out_and_the_others_are_measured(job: Job, when: 
 
 
 def test_the_floor_is_work_over_rate() -> None:
-    combined = limits.combine([RATES, {**RATES, "bf16": 0.25}])
-    product = 2 * measure.MATRIX_SIDE["cpu"] ** 3
-    assert combined["flop_per_second"]["bf16"] == pytest.approx(product / 0.3)  # the 20th percentile of 0.25 and 0.5
-    assert combined["floor_seconds"]["fp32"] == pytest.approx(1e9 / (product / 2.0))
+    combined = limits.combine([RATES, {**RATES, "seconds": {"bf16": 0.25, "fp32": 2.0}}])
+    assert combined["flop_per_second"]["bf16"] == pytest.approx(3e9 / 0.3)  # the 20th percentile of 0.25 and 0.5
+    assert combined["floor_seconds"]["fp32"] == pytest.approx(1e9 / (3e9 / 2.0))
+    assert combined["product_seconds"]["bf16"] == [0.5, 0.25]
     assert limits.combine([]) == {}
 
 

@@ -6,11 +6,20 @@ Each builder saves a diffusers folder at `path` and returns `path`. The same cal
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from export.tokenizer import BOS, EOS
 
@@ -21,10 +30,10 @@ MERGES = [("t", "h"), ("th", "e</w>"), ("a", "n"), ("an", "d</w>"), ("r", "e"), 
           ("c", "a"), ("ca", "t</w>"), ("o", "n</w>"), ("o", "f</w>"), ("h", "o"), ("r", "s"), ("rs", "e</w>")]
 
 
-def sd1(path: str | Path, seed: int = 0, levels: int = 4) -> Path:
+def sd1(path: str | Path, seed: int = 0, levels: int = 4, vae_levels: int = 4) -> Path:
     """Stable Diffusion 1.x in small: conv projections, 8 heads at every level, epsilon, PNDM as SD 1.5 ships it.
 
-    levels: of the UNet. Pictures are multiples of 8 · 2^(levels − 1) pixels.
+    levels: of the UNet. Pictures are multiples of 2^(vae_levels − 1) · 2^(levels − 1) pixels.
     """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -32,7 +41,8 @@ def sd1(path: str | Path, seed: int = 0, levels: int = 4) -> Path:
         up_block_types=UP[:levels], block_out_channels=(32, 32, 64, 64)[:levels], norm_num_groups=8,
         cross_attention_dim=32, attention_head_dim=8)
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    return _save(path, unet, _vae(), _text(width=32, layers=3, act="quick_gelu"), _tokenizer(pad=EOS), scheduler)
+    return _save(path, unet, _vae(vae_levels), _text(width=32, layers=3, act="quick_gelu"), _tokenizer(pad=EOS),
+                 scheduler)
 
 
 def sd2(path: str | Path, seed: int = 1, levels: int = 4) -> Path:
@@ -47,18 +57,37 @@ def sd2(path: str | Path, seed: int = 1, levels: int = 4) -> Path:
     return _save(path, unet, _vae(), _text(width=48, layers=2, act="gelu"), _tokenizer(pad="!"), scheduler)
 
 
-def _vae() -> AutoencoderKL:
+def sdxl(path: str | Path, seed: int = 2) -> Path:
+    """Stable Diffusion XL in small: two text encoders, pooled text and sizes, Euler, no attention at the top level."""
+    torch.manual_seed(seed)
+    first, second = _text(width=32, layers=3, act="quick_gelu"), _text(48, 2, "gelu", CLIPTextModelWithProjection)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=32 + 48, attention_head_dim=[4, 8],
+        transformer_layers_per_block=[1, 2], use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=48 + 6 * 8)
+    vae = _vae(scaling_factor=0.13025, force_upcast=True)
+    scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
+    StableDiffusionXLPipeline(
+        vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=_tokenizer(pad=EOS),
+        tokenizer_2=_tokenizer(pad="!"), unet=unet, scheduler=scheduler).save_pretrained(path)
+    return Path(path)
+
+
+def _vae(levels: int = 4, **options: Any) -> AutoencoderKL:
     vae = AutoencoderKL(
-        sample_size=64, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4)
+        sample_size=64, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=(8, 16, 16, 16)[-levels:],
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, **options)
     with torch.no_grad():  # a fresh decoder gives little contrast
         vae.decoder.conv_out.weight *= 2
     return vae
 
 
-def _text(width: int, layers: int, act: str) -> CLIPTextModel:
+def _text(width: int, layers: int, act: str, model: type[nn.Module] = CLIPTextModel) -> nn.Module:
     size = len(_tokenizer(pad=EOS))
-    return CLIPTextModel(CLIPTextConfig(
+    return model(CLIPTextConfig(
         vocab_size=size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=4, hidden_act=act, initializer_factor=4.0, bos_token_id=size - 2, eos_token_id=size - 1,
         pad_token_id=1, projection_dim=width, max_position_embeddings=77))
