@@ -84,11 +84,12 @@ class Pipeline:
         """
         start = time.perf_counter()
         bundle = Bundle.open(path)
-        backend, dtype = choose(backend, dtype)
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: got {batch!r}, expected a whole number of at least 1")
         size = size or bundle.manifest.default_size
         bundle.check_size(*size)
+        backend, dtype, *_ = choose(backend, dtype, bundle=bundle, size=size, batch=batch, threads=threads,
+                                    device="cpu")
         bundle.verify(bundle.manifest.files)
         pipe = cls(bundle, backend=backend, dtype=dtype, size=size, batch=batch, threads=threads, progress=progress)
         with pipe._bar(total=3, desc="load", unit="engine") as bar:

@@ -360,7 +360,7 @@ def test_a_damaged_onnx_file_is_refused(bundle, backend, built):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda r: r.update(format=99), "engine format 99, this version reads up to 1"),
+    (lambda r: r.update(format=99), "engine format 99, this version reads up to 2"),
     (lambda r: r.update(surprise=1), r"unknown keys \['surprise'\]"),
     (lambda r: r.pop("files"), r"missing keys \['files'\]"),
     (lambda r: r.pop("config"), "not a readable engine record"),
