@@ -1,8 +1,9 @@
-"""Which backend `auto` means on this machine, and in which precision, and why."""
+"""Which backend, device and precision `auto` means on this machine, and why."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +14,12 @@ from engines.gpu import gpus
 from engines.show import duration
 from engines.spec import DTYPES, EngineConfig, EngineError
 
-PREFERENCE = {"cuda": ("tensorrt", "tensorrt-rtx", "inductor"), "cpu": ("openvino", "inductor", "onnxruntime")}
-"""Kind of device, a GPU before the CPU → backends, the one that is usually fastest there first."""
+PREFERENCE = {"cuda": ("tensorrt", "tensorrt-rtx", "inductor"), "cpu": ("openvino", "onnxruntime", "inductor")}
+"""Kind of device, a GPU before the CPU → backends, the one to be preferred first: it is usually the fastest there."""
 
-UNET = "unet"
+STEP = ("unet", "unet_body")
+"""What a step runs: the UNet, whole or without what can be computed before."""
+
 log = logging.getLogger(__name__)
 
 
@@ -40,9 +43,8 @@ class Candidate(NamedTuple):
         return f"{self.backend} {self.dtype}"
 
 
-def choose(backend: str = "auto", dtype: str = "auto", *, bundle: Bundle | None = None,
-           size: tuple[int, int] | None = None, batch: int = 1, device: str = "auto", threads: int = 0,
-           build: bool = False) -> Choice:
+def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto", *, bundle: Bundle | None = None,
+           size: tuple[int, int] | None = None, batch: int = 1, threads: int = 0, build: bool = False) -> Choice:
     """Fill in "auto": the backend, device and precision that are preferred here, unless another measured faster.
 
     Preferred is the first of PREFERENCE that is installed and whose device this machine has, in the precision that it
@@ -55,49 +57,70 @@ def choose(backend: str = "auto", dtype: str = "auto", *, bundle: Bundle | None 
     """
     if dtype not in ("auto", *DTYPES):
         raise EngineError(f"dtype: got {dtype!r}, expected auto or one of {', '.join(DTYPES)}")
-    usable = _usable(device, dtype, build) if backend == "auto" else [_asked_for(backend, device)]
-    first, its_device = usable[0]
-    preferred = Candidate(first, _dtype(first, dtype, bundle), its_device)
-    measured = _measured(bundle, usable, dtype, size, batch, threads) if bundle else {}
-    chosen = min(measured, key=measured.__getitem__) if preferred in measured else preferred
-    why = _why(chosen, measured, "asked for" if backend != "auto" else "preferred of what can be used here")
+    device = "cuda:0" if device == "cuda" else device
+    preferred = _preferred(backend, dtype, device, bundle, build)
+    times = _measured(bundle, size, batch, threads) if bundle else {}
+    times = {one: seconds for one, seconds in times.items() if _matches(one, backend, dtype, device)}
+    chosen = preferred
+    if preferred in times:  # the others are looked at from the fastest on, and no further than need be
+        chosen = next(one for one in times if one == preferred or _is_usable(one, build))
+    why = _why(chosen, times, "asked for" if backend != "auto" else "preferred of what can be used here")
     if "auto" in (backend, dtype):
-        log.info("backend %s, computing in %s on %s: %s", chosen.backend, chosen.dtype, chosen.device, why)
+        log.info("backend %s, computing in %s on %s: %s", *chosen, why)
     return Choice(*chosen, why)
 
 
-def _why(chosen: Candidate, measured: dict[Candidate, float], otherwise: str) -> str:
-    others = ", ".join(f"{one} {duration(measured[one])}" for one in sorted(measured, key=measured.__getitem__)
-                       if one != chosen)
-    if chosen not in measured:
-        return otherwise + (f"; not measured here yet, unlike {others}" if others else "")
-    return f"{duration(measured[chosen])} a UNet call, " + (
-        f"the fastest measured here ({others})" if others else "the only one measured here")
+def _preferred(backend: str, dtype: str, device: str, bundle: Bundle | None, build: bool) -> Candidate:
+    name, own = _asked_for(backend, device) if backend != "auto" else _first(dtype, device, build)
+    if dtype == "auto":
+        on_gpu = not own.startswith("cpu")
+        dtype = bundle.component("unet").dtype if bundle and on_gpu else str(engines.backend(name).dtypes()[0])
+    return Candidate(name, dtype, own)
 
 
-def _usable(device: str, dtype: str, build: bool) -> list[tuple[str, str]]:
-    """(backend, device) of every backend that can be used, the preferred first."""
-    found, missing = [], []
-    for kind, names in PREFERENCE.items():
-        for name in names:
-            if name in engines.BACKENDS and (device == "auto" or (kind == "cpu") == device.startswith("cpu")):
-                try:
-                    found.append((name, _device(name, kind, device, build)))
-                except EngineError as e:
-                    missing.append(str(e))
+def _asked_for(backend: str, device: str) -> tuple[str, str]:
+    module = engines.backend(backend)
+    if reason := module.available():
+        raise EngineError(reason)
+    if device == "auto":
+        here = [one for one in module.devices() if one.startswith(("cpu", "cuda:"))]
+        device = next((one for one in here if one != "cpu"), here[0] if here else "cuda:0")
+    return backend, device
+
+
+def _first(dtype: str, device: str, build: bool) -> tuple[str, str]:
+    """The first backend that can be used, and its device; one that computes in `dtype` where there is such."""
+    missing, found = [], None
+    for name, its_device in _in_order(device):
+        try:
+            own = _device(name, its_device, build)
+        except EngineError as e:
+            missing.append(str(e))
+            continue
+        if dtype in ("auto", *engines.backend(name).dtypes()):
+            return name, own
+        found = found or (name, own)
     if not found:
-        raise EngineError("no engine can be used: " + "; ".join(missing))
-    return [one for one in found if dtype in ("auto", *engines.backend(one[0]).dtypes())] or found
+        raise EngineError(f"no engine can be used on {'this machine' if device == 'auto' else device}: "
+                          + "; ".join(missing))
+    return found
 
 
-def _device(name: str, kind: str, device: str, build: bool) -> str:
-    """The device that backend `name` would use. Raises EngineError where it can use none."""
+def _in_order(device: str) -> Iterator[tuple[str, str]]:
+    """(backend, device) by preference; nothing is asked of a backend for GPUs on a machine without one."""
+    for kind, names in PREFERENCE.items():
+        if device == "auto" and (kind == "cpu" or gpus()):
+            yield from ((name, "cpu" if kind == "cpu" else "cuda:0") for name in names if name in engines.BACKENDS)
+        elif device != "auto" and (kind == "cpu") == device.startswith("cpu"):
+            yield from ((name, device) for name in names if name in engines.BACKENDS)
+
+
+def _device(name: str, device: str, build: bool) -> str:
+    """`device`. Raises EngineError where backend `name` cannot use it."""
     module = engines.backend(name)
     if reason := module.available():
         raise EngineError(reason)
     known = module.devices()
-    if device == "auto":
-        device = next((one for one in known if one.partition(":")[0] == kind), kind)
     if device not in known and not ("cuda:0" in known and device in {gpu.arch for gpu in gpus()}):
         raise EngineError(f"backend {name}: got device {device}, expected one of {', '.join(known)}")
     if not build and (reason := module.runnable(EngineConfig(name, device=device))):
@@ -105,38 +128,31 @@ def _device(name: str, kind: str, device: str, build: bool) -> str:
     return device
 
 
-def _asked_for(backend: str, device: str) -> tuple[str, str]:
-    module = engines.backend(backend)
-    if reason := module.available():
-        raise EngineError(reason)
-    return backend, device if device != "auto" else "cuda:0" if module.ON_GPU else "cpu"
+def _matches(one: Candidate, backend: str, dtype: str, device: str) -> bool:
+    return all(asked in ("auto", own) for asked, own in zip((backend, dtype, device), one, strict=True))
 
 
-def _dtype(backend: str, dtype: str, bundle: Bundle | None) -> str:
-    if dtype != "auto":
-        return dtype
-    module = engines.backend(backend)
-    return bundle.component(UNET).dtype if module.ON_GPU and bundle else str(module.dtypes()[0])
+def _is_usable(one: Candidate, build: bool) -> bool:
+    try:
+        return bool(_device(one.backend, one.device, build))
+    except EngineError:
+        return False
 
 
-def _measured(bundle: Bundle, usable: list[tuple[str, str]], dtype: str, size: tuple[int, int] | None, batch: int,
-              threads: int) -> dict[Candidate, float]:
-    """Seconds of a call of every engine that would be used here and was measured here."""
+def _measured(bundle: Bundle, size: tuple[int, int] | None, batch: int, threads: int) -> dict[Candidate, float]:
+    """Seconds of a call of every engine that the runtime would use and that was measured here, the fastest first."""
     height, width = size or bundle.manifest.default_size
-    here = verify.machines()
-    found = {}
+    here, found = verify.machines(), {}
     for path in store.engine_directories(bundle):
-        record = _record(path) if path.name.startswith(f"{UNET}-") else None
-        if record is None or record.component != UNET or record.timing is None or record.timing.machine not in here:
+        record = _record(path) if path.name.startswith(STEP) else None
+        if record is None or record.component not in STEP or record.timing is None or record.timing.machine not in here:
             continue
         own = record.config
-        if (own.backend, own.device) not in usable or dtype not in ("auto", own.dtype):
-            continue
-        wanted = bundle.config(UNET, backend=own.backend, dtype=own.dtype, device=own.device, threads=threads,
-                               height=height, width=width, batch=2 * batch)
-        if own == wanted and store.stale(bundle, record) is None:
+        wanted = bundle.config(record.component, backend=own.backend, dtype=own.dtype, device=own.device,
+                               threads=threads, height=height, width=width, batch=2 * batch)
+        if own == wanted and _fresh(bundle, record):
             found[Candidate(own.backend, own.dtype, own.device)] = record.timing.seconds
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def _record(path: Path) -> store.Record | None:
@@ -144,3 +160,18 @@ def _record(path: Path) -> store.Record | None:
         return store.Record.read(path, "")
     except EngineError:
         return None  # whoever loads it is told
+
+
+def _fresh(bundle: Bundle, record: store.Record) -> bool:
+    try:
+        return store.stale(bundle, record) is None
+    except EngineError:  # its backend is not installed
+        return False
+
+
+def _why(chosen: Candidate, times: dict[Candidate, float], otherwise: str) -> str:
+    others = ", ".join(f"{one} {duration(seconds)}" for one, seconds in times.items() if one != chosen)
+    if chosen not in times:
+        return otherwise + (f"; not measured here yet, unlike {others}" if others else "")
+    return f"{duration(times[chosen])} a UNet call, " + (
+        f"the fastest measured here ({others})" if others else "the only one measured here")

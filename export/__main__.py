@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> Bundle:
 
         engine, computes, device, _ = choose(build, options.dtype, device=options.gpu or "auto",
                                              build=options.gpu is not None)
-        if engines.backend(engine).ON_GPU:
+        if device != "cpu":
             computes = dtype
             engines.backend(engine).versions(EngineConfig(engine, dtype, device=device))
     bundle = export(options.checkpoint, options.output, force=options.force, progress=not options.quiet, dtype=dtype,
