@@ -90,7 +90,7 @@ def paired(drawn: Drawn, reference: Drawn) -> dict[str, Any]:
 
     points: how many more of a hundred the first drew right. gained, lost: captions (by seed) that only the first drew
     right, or only the second. p: how likely flips this uneven, or more, are between engines that are equally good
-    (McNemar's exact test). psnr: dB between the two pictures of a caption, the least and the median; None: all equal.
+    (McNemar's exact test). psnr: dB between the two pictures of a caption, of those that differ the least and the median.
     """
     flips = [(v.ok, w.ok) for v, w in zip(drawn.verdicts, reference.verdicts, strict=True)]
     gained, lost = ([n for n, flip in enumerate(flips) if flip == kind] for kind in ((True, False), (False, True)))
@@ -100,7 +100,7 @@ def paired(drawn: Drawn, reference: Drawn) -> dict[str, Any]:
     n, least = len(gained) + len(lost), min(len(gained), len(lost))
     p = min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
     return {"points": 100 * (len(gained) - len(lost)) / len(flips), "gained": gained, "lost": lost, "p": p,
-            "psnr": {"least": min(finite), "median": float(np.median(psnr))} if finite else None}
+            "psnr": {"least": min(finite), "median": float(np.median(finite))} if finite else None}
 
 
 def _draw(args: argparse.Namespace, scenes: Sequence[Scene], backend: str, dtype: str) -> Drawn:

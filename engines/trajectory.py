@@ -141,7 +141,8 @@ def schedule(manifest: Manifest, steps: int) -> Schedule:
                           "pictures instead: python -m runtime BUNDLE PROMPT --seed 0 --backend NAME")
     if steps >= trained:
         raise EngineError(f"trajectory: got {steps} steps, expected fewer than the {trained} it was trained with")
-    signal = np.cumprod(1 - betas)
+    betas = betas.astype(np.float32)  # as checkpoints were trained; near t = 0 the rounding matters
+    signal = np.cumprod((1 - betas).astype(np.float64)).astype(np.float32)
     timesteps = (np.arange(steps) * (trained // steps))[::-1] + 1
     return Schedule(tuple(int(t) for t in timesteps), (*(float(signal[t]) for t in timesteps), float(signal[0])))
 

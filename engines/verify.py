@@ -29,7 +29,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 SEED = 0
 REFERENCE = "onnxruntime fp32 on cpu"
 ITSELF = "none: this engine is the reference"
-LEAST_CALLS, MOST_CALLS, ENOUGH_SECONDS = 3, 20, 0.5
+LEAST_CALLS, MOST_CALLS, ENOUGH_SECONDS = 3, 10, 0.2
 """Timed calls of an engine: at least, and at most unless they have taken that long together."""
 
 log = logging.getLogger(__name__)
