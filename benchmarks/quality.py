@@ -90,7 +90,7 @@ def paired(drawn: Drawn, reference: Drawn) -> dict[str, Any]:
 
     points: how many more of a hundred the first drew right. gained, lost: captions (by seed) that only the first drew
     right, or only the second. p: how likely flips this uneven, or more, are between engines that are equally good
-    (McNemar's exact test). psnr: dB between the two pictures of a caption, of those that differ the least and the median.
+    (McNemar's exact test). psnr: dB between the two pictures of a caption, the least and the median of what differs.
     """
     flips = [(v.ok, w.ok) for v, w in zip(drawn.verdicts, reference.verdicts, strict=True)]
     gained, lost = ([n for n, flip in enumerate(flips) if flip == kind] for kind in ((True, False), (False, True)))

@@ -183,7 +183,7 @@ def _trajectories(options: argparse.Namespace, bundle: Bundle, paths: list[Path]
     """Of the UNet engines that have just been checked and can run; the reference is not compared with itself."""
     fine = {one["name"] for one in found if one["outputs"]}
     records = {path: read(bundle, path) for path in paths if path.name in fine}
-    own = {path: record.config for path, record in records.items() if record.component == trajectory.UNET}
+    own = {path: record for path, record in records.items() if record.component in (trajectory.UNET, trajectory.BODY)}
     return trajectory.compare(bundle, own, steps=options.steps, guidance=options.guidance) if own else []
 
 

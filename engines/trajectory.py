@@ -9,26 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import engines
-from engines import verify
+from engines import store, verify
 from engines.bundle import Bundle, Manifest
 from engines.spec import Engine, EngineConfig, EngineError
 from engines.verify import Difference, difference
 
-UNET, DECODER = "unet", "vae_decoder"
+UNET, BODY, DECODER = "unet", "unet_body", "vae_decoder"
 STEPS, GUIDANCE = 20, 7.5
 PICTURE_MAX = 1e-3
 """Largest difference of full scale that the picture of an fp32 engine may have."""
 LEAST_PSNR = 35.0
 """Least PSNR, in dB of full scale, that the picture of a 16-bit engine must have."""
 
-Predict = Callable[[np.ndarray, float], np.ndarray]
-"""Latents [1, C, h, w] and a timestep → the UNet's outputs [2, C, h, w], without the prompt and with it; float32."""
+Predict = Callable[[np.ndarray, int], np.ndarray]
+"""Latents [1, C, h, w] and a step → the UNet's outputs [2, C, h, w], without the prompt and with it; float32."""
+
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,11 @@ class Trajectory:
                 "not_finite_from_step": self.broken_at, "error": self.fault}
 
 
-def compare(bundle: Bundle, found: Mapping[Path, EngineConfig], *, steps: int = STEPS, guidance: float = GUIDANCE,
+def compare(bundle: Bundle, found: Mapping[Path, store.Record], *, steps: int = STEPS, guidance: float = GUIDANCE,
             seed: int = verify.SEED, progress: bool = True) -> list[Trajectory]:
-    """Denoise with each engine of the UNet in `found` (directory → config) and with the reference at its size.
+    """Denoise with each engine of the UNet in `found` (directory → record) and with the reference at its size.
 
+    An engine of the UNet's body gets the rest from those of its parts, which are built where they are not there.
     Returns one trajectory an engine. Raises EngineError for a model whose schedule has no betas, or an engine that
     cannot be opened.
     """
@@ -82,8 +86,8 @@ def compare(bundle: Bundle, found: Mapping[Path, EngineConfig], *, steps: int = 
 
     plan = schedule(bundle.manifest, steps)
     sizes: dict[tuple[int, ...], list[Path]] = {}
-    for path, config in found.items():
-        sizes.setdefault((config.latent_height, config.latent_width, config.sequence), []).append(path)
+    for path, record in found.items():
+        sizes.setdefault((record.config.latent_height, record.config.latent_width), []).append(path)
     trajectories = []
     with tqdm(total=(len(sizes) + len(found)) * steps, unit="step", disable=None if progress else True) as bar:
         for paths in sizes.values():
@@ -91,35 +95,38 @@ def compare(bundle: Bundle, found: Mapping[Path, EngineConfig], *, steps: int = 
     return trajectories
 
 
-def _of_one_size(bundle: Bundle, found: Mapping[Path, EngineConfig], plan: Schedule, guidance: float, seed: int,
+def _of_one_size(bundle: Bundle, found: Mapping[Path, store.Record], plan: Schedule, guidance: float, seed: int,
                  bar: Any) -> list[Trajectory]:
-    latent, (height, width) = bundle.manifest.latent, _pixels(bundle, next(iter(found.values())))
+    latent, (height, width) = bundle.manifest.latent, _pixels(bundle, next(iter(found.values())).config)
     own = bundle.config(UNET, backend="onnxruntime", height=height, width=width, batch=2)
-    component = bundle.component(UNET)
-    given = _conditions(bundle, own, seed)
+    whole = bundle.component(UNET)
+    text, time = _conditions(bundle, own, seed), {"timestep": np.array(plan.timesteps, np.float32)}
     start = np.random.default_rng(seed).standard_normal((1, latent.channels, own.latent_height, own.latent_width))
     runs: dict[Path | None, list[np.ndarray]] = {}
 
-    def denoised(engine: Engine, name: str) -> list[np.ndarray]:
+    def denoised(engine: Engine, name: str, text: Arrays, time: Arrays) -> list[np.ndarray]:
         bar.set_description(name)
         latents = []
-        for x in denoise(predictor(engine, given), start.astype(np.float32), plan, guidance,
+        for x in denoise(predictor(engine, text, time), start.astype(np.float32), plan, guidance,
                          bundle.manifest.prediction_type):
             latents.append(x)
             bar.update()
         return latents
 
-    with verify.open_reference(bundle.path / component.file, component, own) as engine:
-        runs[None] = denoised(engine, "reference")
-    for path, config in found.items():
-        module = engines.backend(config.backend)
-        runs[path] = denoised(module.load(bundle.path / component.file, component, config, path), path.name)
+    with verify.open_reference(bundle.path / whole.file, whole, own) as engine:
+        runs[None] = denoised(engine, "reference", text, time)
+    for path, record in found.items():
+        component = bundle.component(record.component)
+        engine = engines.backend(record.config.backend).load(bundle.path / component.file, component, record.config,
+                                                             path)
+        runs[path] = denoised(engine, path.name, *(
+            _from_parts(bundle, record.config, text, time) if record.component == BODY else (text, time)))
     bar.set_description("decode")
     pictures = _decode(bundle, height, width, {path: latents[-1] for path, latents in runs.items()})
     truth = runs[None]
-    return [Trajectory(path.name, config,
+    return [Trajectory(path.name, record.config,
                        tuple(difference(x, y) for x, y in zip(runs[path], truth, strict=True)),
-                       difference(pictures[path], pictures[None], peak=1.0)) for path, config in found.items()]
+                       difference(pictures[path], pictures[None], peak=1.0)) for path, record in found.items()]
 
 
 def schedule(manifest: Manifest, steps: int) -> Schedule:
@@ -150,8 +157,8 @@ def schedule(manifest: Manifest, steps: int) -> Schedule:
 def denoise(predict: Predict, latents: np.ndarray, plan: Schedule, guidance: float,
             prediction_type: str) -> Iterator[np.ndarray]:
     """The latents after every step, float32 of the shape of `latents`, [1, C, h, w]."""
-    for timestep, signal, following in zip(plan.timesteps, plan.signal, plan.signal[1:], strict=False):
-        uncond, cond = predict(latents, timestep)
+    for step, (signal, following) in enumerate(pairwise(plan.signal)):
+        uncond, cond = predict(latents, step)
         latents = ddim(latents, uncond + guidance * (cond - uncond), signal, following, prediction_type)
         yield latents
 
@@ -175,23 +182,41 @@ def ddim(x: np.ndarray, m: np.ndarray, signal: float, following: float, predicti
     return (following**0.5 * clean + (1 - following) ** 0.5 * noise).astype(np.float32)
 
 
-def predictor(engine: Engine, given: Mapping[str, np.ndarray]) -> Predict:
-    """A UNet engine of any static batch as a function of latents and timestep; given: its other inputs, two rows each.
+def predictor(engine: Engine, text: Arrays, time: Arrays) -> Predict:
+    """A UNet engine of any static batch as a function of latents and step.
 
-    The two rows are repeated where the engine has more, and run in turn where it has one.
+    text: its inputs that stay, two rows each. time: those that depend on the timestep, one row a step.
     """
-    rows = int(engine.inputs["sample"].shape[0])
-
-    def predict(latents: np.ndarray, timestep: float) -> np.ndarray:
-        feed = {**given, "sample": np.concatenate([latents, latents]), "timestep": np.full(2, timestep, np.float32)}
-        outputs: list[np.ndarray] = []
-        for first in range(0, 2, rows):
-            part = {name: np.resize(value[first:first + rows], (rows, *value.shape[1:]))
-                    for name, value in feed.items()}
-            outputs += verify.run(engine, part).values()
-        return np.concatenate(outputs)[:2]
+    def predict(latents: np.ndarray, step: int) -> np.ndarray:
+        given = {**text, **{name: value[[step, step]] for name, value in time.items()},
+                 "sample": np.concatenate([latents, latents])}
+        prediction, = in_rows(engine, {name: given[name] for name in engine.inputs}).values()
+        return prediction
 
     return predict
+
+
+def in_rows(engine: Engine, feed: Mapping[str, np.ndarray]) -> Arrays:
+    """Outputs of an engine for inputs of any number of rows: in turn where it has fewer, some repeated to fill it."""
+    rows = int(next(iter(engine.inputs.values())).shape[0])
+    count = len(next(iter(feed.values())))
+    runs = [verify.run(engine, {name: np.resize(value[first:first + rows], (rows, *value.shape[1:]))
+                                for name, value in feed.items()}) for first in range(0, count, rows)]
+    return {name: np.concatenate([run[name] for run in runs])[:count] for name in runs[0]}
+
+
+def _from_parts(bundle: Bundle, config: EngineConfig, text: Arrays, time: Arrays) -> tuple[Arrays, Arrays]:
+    """`text` and `time`, and what the engines of the UNet's parts of this config's kind make of them for its body."""
+    text, time = dict(text), dict(time)
+    for name in bundle.manifest.components:
+        if name.startswith(f"{UNET}_") and name != BODY:
+            _, own = store.plan(bundle, config.backend, sizes=[_pixels(bundle, config)], dtype=config.dtype,
+                                components=[name], device=config.device, threads=config.threads,
+                                options=config.options)[-1]
+            engine = engines.load(bundle, name, own)
+            given = time if "timestep" in engine.inputs else text
+            given |= in_rows(engine, {one: given[one] for one in engine.inputs})
+    return text, time
 
 
 def _conditions(bundle: Bundle, config: EngineConfig, seed: int) -> dict[str, np.ndarray]:
