@@ -1,4 +1,4 @@
-"""`python -m benchmarks {quality,unet,vae,pipeline,graphs,kernels}`: what is reached, measured side by side in one run."""
+"""`python -m benchmarks {quality,unet,vae,pipeline,graphs,kernels}`: what is reached, measured in one run."""
 
 from __future__ import annotations
 

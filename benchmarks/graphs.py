@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import measure
 from engines import BACKENDS, EngineError
+from engines.options import picture_size, positive
 from runtime import Pipeline, Request
 
 
@@ -25,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS))
     parser.add_argument("--device", default="cuda:0", metavar="NAME", help="default %(default)s")
-    parser.add_argument("--size", type=measure.size, metavar="HxW", help="pixels (default: the model's own)")
-    parser.add_argument("--batch", type=measure.positive, default=1, metavar="N", help="default %(default)s")
-    parser.add_argument("--steps", type=measure.positive, default=20, metavar="N", help="default %(default)s")
-    parser.add_argument("--rounds", type=measure.positive, default=10, metavar="N", help="default %(default)s")
+    parser.add_argument("--size", type=picture_size, metavar="HxW", help="pixels (default: the model's own)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="default %(default)s")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="default %(default)s")
+    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="default %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure with machine and versions")
 
 

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from benchmarks import measure
+from engines.options import positive
 
 if TYPE_CHECKING:
     from benchmarks.contenders import Bench, Contender, Run, Setting
@@ -71,9 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"CPU: instruction sets of our kernels, some of {', '.join(ISAS)} (default: the best)")
     parser.add_argument("--torch-isa", choices=list(TORCH_LIMITS), metavar="NAME",
                         help=f"CPU: hold torch to an instruction set too, one of {', '.join(TORCH_LIMITS)}")
-    parser.add_argument("--threads", type=measure.positive, metavar="N", help="CPU: of everyone (default: all cores)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU: of everyone (default: all cores)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, seconds a shape")
-    parser.add_argument("--rounds", type=measure.positive, default=30,
+    parser.add_argument("--rounds", type=positive, default=30,
                         help="timed samples of each (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=15, metavar="S",
                         help="fewer rounds, but at least 3, where a shape would take longer (default %(default)s)")

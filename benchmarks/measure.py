@@ -1,12 +1,10 @@
-"""What every benchmark shares: the machine it ran on, medians with spread, memory, tables, and types of options."""
+"""What every benchmark shares: the machine it ran on, medians with spread, memory and tables."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -84,20 +82,6 @@ def free_gpu_memory() -> int:
 def _nvidia_smi(wanted: str) -> str:
     command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader", "--id=0"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def size(text: str) -> tuple[int, int]:
-    """Type of an option HxW: (height, width)."""
-    if not (found := re.fullmatch(r"(\d+)x(\d+)", text)):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH such as 512x768")
-    return int(found[1]), int(found[2])
-
-
-def positive(text: str) -> int:
-    """Type of an option that counts."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return int(text)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -36,6 +36,7 @@ from benchmarks import limits, measure, turns
 from benchmarks.given import configure_compiler, freeze
 from benchmarks.turns import Contender, Job, Measured, number
 from engines import Bundle
+from engines.options import positive
 
 STAGES = ("text", "denoise", "decode")
 
@@ -64,7 +65,7 @@ Draw = Callable[[], Drawn]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     turns.add_arguments(parser, list(CONTENDERS), rounds=3, seconds=60.0, least=1, families=export.FAMILIES)
     parser.add_argument("--prompt", default="a photograph of an astronaut riding a horse", metavar="TEXT")
-    parser.add_argument("--steps", type=measure.positive, default=20, metavar="N", help="default %(default)s")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="default %(default)s")
     parser.add_argument("--guidance", type=float, default=7.5, metavar="SCALE", help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default %(default)s)")
 

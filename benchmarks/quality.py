@@ -8,8 +8,10 @@ background.
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +20,116 @@ from PIL import Image
 
 from benchmarks import measure
 from benchmarks.adherence import Verdict, check
+from engines.options import positive
+from engines.verify import difference
 from models.scenes import Scene, held_out
 from runtime import Pipeline, Request
 from runtime.images import grid
+
+MAY_LOSE = 1.0
+"""Points, of a hundred captions, that an engine may be behind the one it is held against."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one engine drew: a picture and its verdict for every scene, and milliseconds a picture."""
+
+    backend: str
+    dtype: str
+    pictures: list[Image.Image]
+    verdicts: list[Verdict]
+    milliseconds: float
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.dtype}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="bundle of models/shapes")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--against", metavar="[BACKEND:]DTYPE",
+                        help="draw with this engine too, such as fp32 or onnxruntime:fp32, and compare caption by "
+                             f"caption; exit status 1 where it is more than {MAY_LOSE:g} point better")
     parser.add_argument("--scheduler", default="ddim")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--captions", type=int, default=256, metavar="N", help="how many (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images denoised together (default %(default)s)")
+    parser.add_argument("--captions", type=positive, default=256, metavar="N", help="how many (default %(default)s)")
+    parser.add_argument("--batch", type=positive, default=8, help="images denoised together (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and every verdict")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write all pictures on one, wrong ones framed in red")
 
 
 def run(args: argparse.Namespace) -> int:
     scenes = held_out(args.captions)
-    pipe = Pipeline.load(args.bundle, args.backend, dtype=args.dtype, batch=args.batch)
+    drawn = _draw(args, scenes, args.backend, args.dtype)
+    print(_text(args, scenes, drawn))
+    figures: dict[str, Any] = {
+        "machine": measure.machine(),
+        "settings": {"backend": drawn.backend, "dtype": drawn.dtype, "scheduler": args.scheduler, "steps": args.steps,
+                     "guidance": args.guidance},
+        "adherence": shares(scenes, drawn.verdicts), "wrong": _wrong(scenes, drawn)}
+    status = 0
+    if args.against:
+        backend, _, dtype = args.against.rpartition(":")
+        reference = _draw(args, scenes, backend or drawn.backend, dtype)
+        figures["against"] = {"backend": reference.backend, "dtype": reference.dtype,
+                              "adherence": shares(scenes, reference.verdicts), "wrong": _wrong(scenes, reference),
+                              **paired(drawn, reference)}
+        print(_text(args, scenes, reference), _paired_text(drawn, reference, figures["against"]), sep="\n")
+        status = int(figures["against"]["points"] < -MAY_LOSE)
+    if args.json:
+        measure.write_json(args.json, figures)
+    if args.grid:
+        grid([_framed(p, v.ok) for p, v in zip(drawn.pictures, drawn.verdicts, strict=True)]).save(args.grid)
+    return status
+
+
+def paired(drawn: Drawn, reference: Drawn) -> dict[str, Any]:
+    """Two engines on the same captions and seeds.
+
+    points: how many more of a hundred the first drew right. gained, lost: captions (by seed) that only the first drew
+    right, or only the second. p: how likely flips this uneven, or more, are between engines that are equally good
+    (McNemar's exact test). psnr: dB between the two pictures of a caption, the least and the median of what differs.
+    """
+    flips = [(v.ok, w.ok) for v, w in zip(drawn.verdicts, reference.verdicts, strict=True)]
+    gained, lost = ([n for n, flip in enumerate(flips) if flip == kind] for kind in ((True, False), (False, True)))
+    psnr = [difference(np.asarray(a), np.asarray(b), peak=255).psnr
+            for a, b in zip(drawn.pictures, reference.pictures, strict=True)]
+    finite = [value for value in psnr if math.isfinite(value)]
+    n, least = len(gained) + len(lost), min(len(gained), len(lost))
+    p = min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+    return {"points": 100 * (len(gained) - len(lost)) / len(flips), "gained": gained, "lost": lost, "p": p,
+            "psnr": {"least": min(finite), "median": float(np.median(finite))} if finite else None}
+
+
+def _draw(args: argparse.Namespace, scenes: Sequence[Scene], backend: str, dtype: str) -> Drawn:
+    pipe = Pipeline.load(args.bundle, backend, dtype=dtype, batch=args.batch)
     results = pipe([Request(scene.caption, seed=i, steps=args.steps, guidance=args.guidance, scheduler=args.scheduler)
                     for i, scene in enumerate(scenes)])
     pictures = [result.images[0] for result in results]
     verdicts = [check(np.asarray(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    rows = shares(scenes, verdicts)
-    print(f"{pipe.backend} {pipe.dtype}, {args.scheduler}, {args.steps} steps, guidance {args.guidance:g}: "
-          f"{results[0].timings['total'] / len(results) * 1000:.0f} ms a picture")
-    print(measure.table(rows))
-    for problem, count in Counter(v.problems[0] for v in verdicts if not v.ok).most_common(5):
-        print(f"  {count:3d} x {problem}")
-    if args.json:
-        settings = {"backend": pipe.backend, "dtype": pipe.dtype, "scheduler": args.scheduler, "steps": args.steps,
-                    "guidance": args.guidance}
-        wrong = [{"caption": s.caption, "seed": i, "problems": list(v.problems)}
-                 for i, (s, v) in enumerate(zip(scenes, verdicts, strict=True)) if not v.ok]
-        measure.write_json(args.json, {"machine": measure.machine(), "settings": settings, "adherence": rows,
-                                       "wrong": wrong})
-    if args.grid:
-        grid([_framed(p, v.ok) for p, v in zip(pictures, verdicts, strict=True)]).save(args.grid)
-    return 0
+    return Drawn(pipe.backend, pipe.dtype, pictures, verdicts, results[0].timings["total"] / len(results) * 1000)
+
+
+def _text(args: argparse.Namespace, scenes: Sequence[Scene], drawn: Drawn) -> str:
+    problems = Counter(v.problems[0] for v in drawn.verdicts if not v.ok).most_common(5)
+    return "\n".join([f"{drawn}, {args.scheduler}, {args.steps} steps, guidance {args.guidance:g}: "
+                      f"{drawn.milliseconds:.0f} ms a picture", measure.table(shares(scenes, drawn.verdicts)),
+                      *(f"  {count:3d} x {problem}" for problem, count in problems)])
+
+
+def _paired_text(drawn: Drawn, reference: Drawn, found: dict[str, Any]) -> str:
+    psnr = found["psnr"]
+    near = f"PSNR at least {psnr['least']:.1f} dB, median {psnr['median']:.1f}" if psnr else "the same pictures"
+    return (f"{drawn} against {reference}: {found['points']:+.1f} points; {len(found['gained'])} captions right only "
+            f"with {drawn}, {len(found['lost'])} only with {reference} (p = {found['p']:.2g}); {near}: "
+            + ("more than a point behind" if found["points"] < -MAY_LOSE else "not more than a point behind"))
+
+
+def _wrong(scenes: Sequence[Scene], drawn: Drawn) -> list[dict[str, Any]]:
+    return [{"caption": s.caption, "seed": i, "problems": list(v.problems)}
+            for i, (s, v) in enumerate(zip(scenes, drawn.verdicts, strict=True)) if not v.ok]
 
 
 def shares(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import engines
 from benchmarks import limits, measure, random_model
 from engines import Bundle, EngineError
+from engines.options import picture_size, positive
 
 Run = Callable[[], Any]
 """One unit of work, such as a step; what it returns goes through a pipe."""
@@ -113,10 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser, contenders: Sequence[str], ro
     parser.add_argument("checkpoint", nargs="?", type=Path, help="diffusers folder with the same weights")
     parser.add_argument("--random", metavar="NAME", help="instead of both: the full architecture with random weights, "
                         f"one of {', '.join(families)}; made once, then kept in ~/.cache/latentrt")
-    parser.add_argument("--size", type=measure.size, metavar="HxW", help="pixels (default: the model's own)")
-    parser.add_argument("--batch", type=measure.positive, default=1, metavar="N",
+    parser.add_argument("--size", type=picture_size, metavar="HxW", help="pixels (default: the model's own)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N",
                         help="pictures at a time (default %(default)s)")
-    parser.add_argument("--rounds", type=measure.positive, default=rounds, metavar="N",
+    parser.add_argument("--rounds", type=positive, default=rounds, metavar="N",
                         help="timed calls of each contender (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=seconds, metavar="S",
                         help=f"fewer rounds, but at least {least}, for one that has taken so long (default "

@@ -12,19 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines import store, verify
+from engines import show, store, trajectory, verify
 from engines.bundle import Bundle
+from engines.choice import choose
+from engines.inspect import backend_of, bundle_text, describe, engine_table, engine_text, look_inside, read
 from engines.interrupt import interruptible
+from engines.options import picture_size, positive
 from engines.spec import DTYPES, EngineError
+from engines.trajectory import Trajectory
 
 EXAMPLES = """examples:
   python -m engines list                                        backends of this machine
   python -m engines list sd15.bundle                            and the engines of a bundle
+  python -m engines build sd15.bundle                           those that auto picks here
   python -m engines build sd15.bundle --backend openvino --dtype bf16
   python -m engines build sd15.bundle --backend onnxruntime --size 512x512 768x512 --batch 1 4
   python -m engines build sd15.bundle --backend tensorrt-rtx --device sm_89 --dtype auto
-  python -m engines inspect sd15.bundle                         components, shapes, provenance
+  python -m engines inspect sd15.bundle                         components, shapes, provenance, engines
+  python -m engines inspect sd15.bundle --engine unet-openvino --profile
+                                                                kernels and what is slow in these engines
   python -m engines verify sd15.bundle                          hash every file, compare every engine again
+  python -m engines verify sd15.bundle --trajectory             and over a whole denoising
 """
 
 
@@ -47,70 +55,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    bundle = Bundle.open(options.bundle) if options.bundle else None
     backends = [_backend(name) for name in engines.BACKENDS]
-    found = [_engine(bundle, path) for bundle in _bundle(options) for path in store.engine_directories(bundle)]
+    found = [describe(bundle, path) for path in store.engine_directories(bundle)] if bundle else []
+    auto = _auto(bundle)
     if options.json:
-        print(json.dumps({"backends": backends, "engines": found}, indent=1))
+        print(json.dumps({"backends": backends, "auto": auto, "engines": found}, indent=1))
         return 0
-    _table(["backend", "usable", "version", "devices", "dtypes"],
-           [[b["name"], b["missing"] or "yes", b["version"], b["devices"], b["dtypes"]] for b in backends])
-    if options.bundle:
+    print(show.table(["backend", "usable", "version", "devices", "dtypes"],
+                     [[b["name"], b["missing"] or "yes", b["version"], b["devices"], b["dtypes"]] for b in backends]))
+    print("\nauto: " + (auto["error"] or f"{auto['backend']} {auto['dtype']} on {auto['device']}: {auto['why']}"))
+    if bundle:
         print()
-        _engine_table(found, options.bundle)
+        print(engine_table(found, options.bundle))
     return 0
+
+
+def _auto(bundle: Bundle | None) -> dict[str, str | None]:
+    """What `choose` makes of "auto" for one picture of the model's own size."""
+    try:
+        return {**choose(bundle=bundle)._asdict(), "error": None}
+    except EngineError as e:
+        return {"error": str(e)}
 
 
 def _build(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
-    rest = {"threads": options.threads, "device": options.device, "options": dict(map(_option, options.option))}
-    paths = store.build_all(bundle, options.backend, sizes=options.size, batches=options.batch, dtype=options.dtype,
+    backend, dtype, device = options.backend, options.dtype, options.device
+    if backend == "auto":
+        backend, dtype, device, why = choose(
+            "auto", dtype or "auto", bundle=bundle, size=next(iter(options.size), None), batch=options.batch[0],
+            device=device or "auto", threads=options.threads, build=device is not None)
+        print(f"auto: {backend} {dtype} on {device}: {why}", file=sys.stderr)
+    rest = {"threads": options.threads, "device": device or "cpu", "options": dict(map(_option, options.option))}
+    paths = store.build_all(bundle, backend, sizes=options.size, batches=options.batch, dtype=dtype or "fp32",
                             components=options.component, rebuild=options.rebuild, check=not options.no_check, **rest)
-    found = [_engine(bundle, path) for path in paths]
-    print(json.dumps(found, indent=1)) if options.json else _engine_table(found, options.bundle)
+    found = [describe(bundle, path) for path in paths]
+    print(json.dumps(found, indent=1) if options.json else engine_table(found, options.bundle))
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
-    found = [_engine(bundle, path) for path in store.engine_directories(bundle)]
+    paths = [path for path in store.engine_directories(bundle) if path.name.startswith(options.engine or "")]
+    if options.engine and not paths:
+        known = ", ".join(path.name for path in store.engine_directories(bundle))
+        raise EngineError(f"--engine: got {options.engine!r}, expected how one of these begins: {known or 'none yet'}")
+    if options.engine or options.layers or options.profile:
+        found = [look_inside(bundle, path, options.profile) for path in paths]
+        texts = (engine_text(one, options.layers, options.top) for one in found)
+        print(json.dumps(found, indent=1) if options.json else "\n\n".join(texts))
+        return 0
+    found = [describe(bundle, path) for path in paths]
     if options.json:
         print(json.dumps({"manifest": bundle.manifest.to_json(), "engines": found}, indent=1))
         return 0
-    manifest = bundle.manifest
-    latent = manifest.latent
-    print(f"{bundle.path}: {manifest.family}, format {manifest.format}, {manifest.prediction_type} prediction, "
-          f"{manifest.scheduler.get('_class_name', 'unnamed')}, {'x'.join(map(str, manifest.default_size))} pixels")
-    print(f"latents: {latent.channels} channels, scale {latent.scale:g}, shift {latent.shift:g}, "
-          f"{latent.factor} pixels each")
-    for extra in manifest.extra_channels:
-        print(f"extra denoiser channels: {extra.channels} of {extra.meaning}")
-    for text in manifest.text:
-        print(f"text: {text.component} gives {text.hidden_layer}, {text.max_length} tokens by {text.tokenizer}")
-    print()
-    _table(["component", "dtype", "inputs → outputs", "sites", "size", "error against its reference"],
-           [[name, c.dtype, f"{_shapes(c.inputs)} → {_shapes(c.outputs)}",
-             " ".join(f"{n} {op}" for op, n in c.sites.items()), _size(sum(_bytes(bundle.path / f) for f in c.files)),
-             f"{c.check.rel_rms:.1e} rel. RMS, {c.check.max_abs:.1e} max ({c.check.reference})"]
-            for name, c in manifest.components.items()])
-    print("\nprovenance")
-    for name, value in manifest.provenance.items():
-        print(f"  {name}: {value if isinstance(value, str | int | float) else json.dumps(value)}")
-    print()
-    _engine_table(found, options.bundle)
+    print(bundle_text(bundle), engine_table(found, options.bundle), sep="\n\n")
+    if found:
+        print(f"\nlayers, kernels and what is slow: python -m engines inspect {options.bundle} --engine NAME --profile")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
-    found = [_verify_files(bundle)]
-    for path in store.engine_directories(bundle):
-        if options.backend in (None, _backend_of(path)):
-            found.append(_verify_engine(bundle, path))
+    paths = [path for path in store.engine_directories(bundle) if options.backend in (None, backend_of(path))]
+    found = [_verify_files(bundle), *(_verify_engine(bundle, path) for path in paths)]
+    trajectories = _trajectories(options, bundle, paths, found) if options.trajectory else []
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps({"checks": found, "trajectories": [t.to_json() for t in trajectories]}, indent=1))
     else:
-        _table(["what", "result"], [[f["name"], f["error"] or f["figures"]] for f in found])
-    return 1 if any(f["error"] for f in found) else 0
+        print(_check_table(found))
+        if options.trajectory:
+            print("", _trajectory_text(trajectories, options), sep="\n")
+    return 1 if any(f["error"] for f in found) or any(t.fault for t in trajectories) else 0
 
 
 def _verify_files(bundle: Bundle) -> dict[str, Any]:
@@ -120,35 +137,69 @@ def _verify_files(bundle: Bundle) -> dict[str, Any]:
     try:
         bundle.verify(files)
     except EngineError as e:
-        return {"name": "bundle files", "error": str(e), "figures": None}
-    return {"name": "bundle files", "error": None, "figures": f"ok: {len(files)} files hashed"}
+        return {"name": "bundle files", "error": str(e), "result": None, "outputs": {}}
+    return {"name": "bundle files", "error": None, "result": f"ok: {len(files)} files hashed", "outputs": {}}
 
 
 def _verify_engine(bundle: Bundle, path: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"name": path.name, "error": None, "figures": None}
+    found: dict[str, Any] = {"name": path.name, "error": None, "result": None, "outputs": {}}
     try:
-        record = _record(bundle, path)
+        record = read(bundle, path)
+        found["shape"] = store.rows(record.config)
         if why := store.stale(bundle, record):
-            return {**result, "figures": f"stale, not used: {why}"}
+            return {**found, "result": f"stale, not used: {why}"}
         store.verify_files(bundle, path, record)
         if missing := engines.backend(record.config.backend).runnable(record.config):
-            return {**result, "figures": f"not checked: {missing}"}
-        check = verify.check(bundle, record.component, record.config, path)
-        figures = "" if check.reference == verify.ITSELF else f", {check.rel_rms:.1e} rel. RMS, {check.max_abs:.1e} max"
-        return {**result, "figures": f"ok{figures} (reference: {check.reference})", "check": asdict(check)}
+            return {**found, "result": f"not checked: {missing}"}
+        measured = verify.measure(bundle, record.component, record.config, path)
+        found |= {"outputs": {name: one.to_json() for name, one in measured.outputs.items()},
+                  "timing": asdict(measured.timing)}
+        for name, one in measured.outputs.items():
+            verify.judge(name, one, record.config.dtype, verify.describe(record.component, record.config))
+        return {**found, "result": f"ok, {record.config.dtype}" + ("" if measured.outputs else ": the reference")}
     except EngineError as e:
-        return {**result, "error": str(e)}
+        return {**found, "error": str(e)}
 
 
-def _record(bundle: Bundle, path: Path) -> store.Record:
-    command = f"python -m engines build {bundle.path} --backend {_backend_of(path)} --rebuild"
-    return store.Record.read(path, f"build it again: {command}")
+def _check_table(found: list[dict[str, Any]]) -> str:
+    lines = []
+    for one in found:
+        for name, output in list(one["outputs"].items()) or [("", None)]:
+            figures = [""] * 6 if output is None else [
+                _number(output["rel_rms"], ".1e"), _number(output["max_abs"], ".1e"),
+                _number(output["mean_abs"], ".1e"), _number(output["psnr"], ".1f"), _number(output["cosine"], ".6f"),
+                f"{output['nan']}/{output['inf']}"]
+            lines.append([one["name"], one.get("shape", ""), name, *figures, one["error"] or one["result"]])
+    return show.table(["what", "rows and pixels", "output", "rel. RMS", "max", "mean", "PSNR dB", "cosine", "NaN/Inf",
+                       "result"], lines)
 
 
-def _backend_of(path: Path) -> str:
-    """By the engine's name, COMPONENT-BACKEND-KEY: its record may be damaged."""
-    name = path.name.rpartition("-")[0]
-    return next((backend for backend in engines.BACKENDS if name.endswith(f"-{backend}")), "BACKEND")
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _trajectories(options: argparse.Namespace, bundle: Bundle, paths: list[Path],
+                  found: list[dict[str, Any]]) -> list[Trajectory]:
+    """Of the UNet engines that have just been checked and can run; the reference is not compared with itself."""
+    fine = {one["name"] for one in found if one["outputs"]}
+    records = {path: read(bundle, path) for path in paths if path.name in fine}
+    own = {path: record for path, record in records.items() if record.component in (trajectory.UNET, trajectory.BODY)}
+    return trajectory.compare(bundle, own, steps=options.steps, guidance=options.guidance) if own else []
+
+
+def _trajectory_text(found: list[Trajectory], options: argparse.Namespace) -> str:
+    head = (f"{options.steps} steps of DDIM, guidance {options.guidance:g}, from the same latents; "
+            f"reference: {verify.REFERENCE}")
+    if not found:
+        return (f"{head}\nno engine of the UNet to compare; build one with: "
+                f"python -m engines build {options.bundle} --component {trajectory.UNET}")
+    ends = show.table(["engine", "rows and pixels", "picture PSNR dB", "picture max", "latents rel. RMS", "result"],
+                      [[t.engine, store.rows(t.config), f"{t.picture.psnr:.1f}", f"{t.picture.max_abs:.1e}",
+                        f"{t.latents[-1].rel_rms:.1e}", t.fault or "ok"] for t in found])
+    steps = show.table(["step", *(t.engine for t in found)],
+                       [[n + 1, *(f"{t.latents[n].psnr:.1f} dB, {t.latents[n].rel_rms:.1e}" for t in found)]
+                        for n in range(options.steps)])
+    return f"{head}\n{ends}\n\nlatents after each step: PSNR, relative RMS\n{steps}"
 
 
 def _backend(name: str) -> dict[str, str | None]:
@@ -159,84 +210,11 @@ def _backend(name: str) -> dict[str, str | None]:
             "dtypes": ", ".join(module.dtypes())}
 
 
-def _engine(bundle: Bundle, path: Path) -> dict[str, Any]:
-    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    row: dict[str, Any] = {"name": path.name, "path": str(path), "bytes": size}
-    try:
-        record = _record(bundle, path)
-    except EngineError as e:
-        return {**row, "component": path.name, "shape": "?", "dtype": "?", "state": f"damaged: {e}", "figures": ""}
-    check = record.check
-    figures = "not checked" if check is None else "the reference" if check.reference == verify.ITSELF else (
-        f"{check.rel_rms:.1e} rel. RMS, {check.max_abs:.1e} max")
-    return {**row, "component": record.component, "backend": record.config.backend, "shape": store.rows(record.config),
-            "dtype": record.config.dtype, "state": _state(bundle, record), "figures": figures,
-            "build_seconds": record.build_seconds, "date": record.date, "config": record.config.to_json(),
-            "check": check and asdict(check)}
-
-
-def _state(bundle: Bundle, record: store.Record) -> str:
-    try:
-        stale = store.stale(bundle, record)
-    except EngineError as e:  # its backend is not installed, or the bundle no longer has the component
-        return f"unusable here: {e}"
-    return f"stale: {stale}" if stale else "ok"
-
-
-def _engine_table(found: list[dict[str, Any]], bundle: str) -> None:
-    if not found:
-        print(f"no engines yet; build them with: python -m engines build {bundle} --backend openvino")
-        return
-    _table(["engine", "rows and pixels", "dtype", "size", "error against the fp32 reference", "state"],
-           [[e["name"], e["shape"], e["dtype"], _size(e["bytes"]), e["figures"], e["state"]] for e in found])
-
-
-def _table(header: list[str], lines: list[list[Any]]) -> None:
-    """Plain columns; the last is as long as it is."""
-    cells = [header, *([str(c) if c is not None else "" for c in line] for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join([*(c.ljust(w) for c, w in zip(line[:-1], widths, strict=False)), line[-1]]))
-
-
-def _shapes(specs: Sequence[engines.TensorSpec]) -> str:
-    return ", ".join(f"{s.name}[{', '.join(map(str, s.shape))}]" for s in specs)
-
-
-def _bytes(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def _bundle(options: argparse.Namespace) -> list[Bundle]:
-    return [Bundle.open(options.bundle)] if options.bundle else []
-
-
 def _option(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator:
         raise EngineError(f"--option: got {text!r}, expected NAME=VALUE")
     return name, value
-
-
-def _picture_size(text: str) -> tuple[int, int]:
-    height, separator, width = text.partition("x")
-    if not separator or not height.isdecimal() or not width.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH in pixels, such as 512x768")
-    return int(height), int(width)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -258,28 +236,41 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("build", _build,
                   "build the engines of a bundle for static shapes and check each against the fp32 reference")
     sub.add_argument("bundle", help="bundle directory")
-    sub.add_argument("--backend", required=True, choices=list(engines.BACKENDS))
-    sub.add_argument("--size", nargs="+", type=_picture_size, default=(), metavar="HxW",
+    sub.add_argument("--backend", default="auto", choices=["auto", *engines.BACKENDS],
+                     help="default: auto, which `list` explains")
+    sub.add_argument("--size", nargs="+", type=picture_size, default=(), metavar="HxW",
                      help="picture sizes (default: the model's)")
-    sub.add_argument("--batch", nargs="+", type=_positive, default=(1,), metavar="N",
+    sub.add_argument("--batch", nargs="+", type=positive, default=(1,), metavar="N",
                      help="pictures at a time (default: 1)")
-    sub.add_argument("--dtype", choices=("auto", *DTYPES), default="fp32",
-                     help="precision to compute in; auto is the backend's choice for this machine (default: fp32)")
+    sub.add_argument("--dtype", choices=("auto", *DTYPES),
+                     help="precision to compute in; auto is the backend's choice for this machine, and on a GPU the "
+                          "graph's (default: fp32; auto with --backend auto)")
     sub.add_argument("--component", nargs="+", default=(), metavar="NAME", help="only these components")
     sub.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: the physical cores)")
-    sub.add_argument("--device", default="cpu", metavar="NAME",
-                     help="cpu, cuda:N or, for a GPU that is elsewhere, its architecture such as sm_89 (default: cpu)")
+    sub.add_argument("--device", metavar="NAME",
+                     help="cpu, cuda:N or, for a GPU that is elsewhere, its architecture such as sm_89 (default: cpu; "
+                          "what is here with --backend auto)")
     sub.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the backend")
     sub.add_argument("--rebuild", action="store_true", help="build again what is already there")
     sub.add_argument("--no-check", action="store_true", help="skip the comparison with the reference")
 
-    sub = command("inspect", _inspect, "show a bundle's components, shapes, kernel sites, provenance and engines")
+    sub = command("inspect", _inspect, "show a bundle's components, shapes, kernel sites, provenance and engines; or "
+                                       "the layers, kernels, times and memory of engines")
     sub.add_argument("bundle", help="bundle directory")
+    sub.add_argument("--engine", metavar="NAME", help="open the engines whose names begin so: kernels, memory, times")
+    sub.add_argument("--profile", action="store_true", help="time every layer and show what takes longest")
+    sub.add_argument("--layers", action="store_true", help="show every layer")
+    sub.add_argument("--top", type=positive, default=15, metavar="N",
+                     help="with --profile, how many layers to show (default %(default)s)")
 
     sub = command("verify", _verify,
                   "hash every file of a bundle and compare every engine again; exit status 1 if any fails")
     sub.add_argument("bundle", help="bundle directory")
     sub.add_argument("--backend", choices=list(engines.BACKENDS), help="only engines of this backend")
+    sub.add_argument("--trajectory", action="store_true",
+                     help="also denoise from the same latents with every engine of the UNet and with the reference")
+    sub.add_argument("--steps", type=positive, default=trajectory.STEPS, metavar="N", help="default %(default)s")
+    sub.add_argument("--guidance", type=float, default=trajectory.GUIDANCE, metavar="G", help="default %(default)s")
     return parser
 
 

@@ -25,6 +25,12 @@ def physical_cores() -> int:
     return len({f.read_text() if f.is_file() else str(f) for f in topology})
 
 
+def resident_memory() -> int:
+    """Bytes of memory that this process has now, mapped files included; 0 where Linux's /proc is not there."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.is_file() else 0
+
+
 def _info() -> dict[str, str]:
     """The first processor of /proc/cpuinfo; empty where there is none."""
     file = Path("/proc/cpuinfo")

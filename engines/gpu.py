@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +41,12 @@ def select(number: int) -> None:
     _select(_Driver(), number)
 
 
-def run(engine: Engine, number: int, feed: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-    """Run an engine of GPU `number` once on arrays of this host; writes the results into `outputs`."""
+def run(engine: Engine, number: int, feed: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray],
+        again: Callable[[Callable[[], None]], object] | None = None) -> None:
+    """Run an engine of GPU `number` once on arrays of this host; writes the results into `outputs`.
+
+    again: is then handed a function that runs it on the same arrays and waits, to be called as often as it likes.
+    """
     driver = _Driver()
     _select(driver, number)
     with contextlib.ExitStack() as stack:
@@ -50,9 +54,15 @@ def run(engine: Engine, number: int, feed: Mapping[str, np.ndarray], outputs: Ma
         for name, array in {**feed, **outputs}.items():
             addresses[name] = stack.enter_context(_allocated(driver, array.nbytes))
             driver.cuMemcpyHtoD_v2(ctypes.c_uint64(addresses[name]), _pointer(array), ctypes.c_size_t(array.nbytes))
+
+        def call() -> None:
+            engine.enqueue()
+            driver.cuCtxSynchronize()
+
         engine.bind(addresses)
-        engine.enqueue()
-        driver.cuCtxSynchronize()
+        call()
+        if again is not None:
+            again(call)
         for name, array in outputs.items():
             driver.cuMemcpyDtoH_v2(_pointer(array), ctypes.c_uint64(addresses[name]), ctypes.c_size_t(array.nbytes))
 

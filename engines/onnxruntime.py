@@ -7,7 +7,9 @@ on two cores, but costs another 3.4 GB for every shape, so none is kept (`docs/e
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from engines.buffers import check_array, check_names, resolve
 from engines.bundle import Component
 from engines.cpu import describe, physical_cores
+from engines.layers import Layer
 from engines.onnx_file import BFLOAT16, convert, externalise, initializers
 from engines.spec import EngineConfig, EngineError, TensorSpec
 
@@ -85,13 +88,35 @@ def load(onnx: Path, component: Component, config: EngineConfig, directory: Path
     return OnnxRuntimeEngine(onnx, component, config, directory)
 
 
+def layers(onnx: Path, component: Component, config: EngineConfig, directory: Path, feed: Mapping[str, np.ndarray],
+           calls: int) -> list[Layer]:
+    """See `engines.layers`; on a CPU. The kernel is the provider's, which has one for each type of node."""
+    with tempfile.TemporaryDirectory() as profiles:
+        engine = OnnxRuntimeEngine(onnx, component, config, directory, Path(profiles) / "call")
+        engine.bind({**feed, **{name: spec.empty() for name, spec in engine.outputs.items()}})
+        for _ in range(calls + 1):
+            engine.enqueue()
+        events = json.loads(Path(engine.end_profile()).read_text(encoding="utf8"))
+    nodes: dict[tuple[str, str], list[dict[str, Any]]] = {}  # fused nodes share a name
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name = (event["name"].removesuffix("_kernel_time"), event["args"]["node_index"])
+            nodes.setdefault(name, []).append(event)
+    return [Layer(name, runs[0]["args"]["op_name"], runs[0]["args"]["provider"].removesuffix("ExecutionProvider"),
+                  ", ".join(kind for out in runs[0]["args"].get("output_type_shape", ())[:1] for kind in out),
+                  float(np.median([run["dur"] for run in runs[1:]])) / 1e6 if calls else None)
+            for (name, _), runs in nodes.items()]
+
+
 class OnnxRuntimeEngine:
     """One session with static shapes; see `engines.spec.Engine`.
 
     On CUDA, `enqueue` runs on ONNX Runtime's own stream and returns when it is done, so it cannot be captured.
+    profile: how the name of a file begins that every node's times go to; `end_profile` closes it and returns its name.
     """
 
-    def __init__(self, onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
+    def __init__(self, onnx: Path, component: Component, config: EngineConfig, directory: Path,
+                 profile: Path | None = None) -> None:
         self.inputs: Mapping[str, TensorSpec] = resolve(component.inputs, config)
         self.outputs: Mapping[str, TensorSpec] = resolve(component.outputs, config)
         widened = directory / WIDENED
@@ -99,6 +124,7 @@ class OnnxRuntimeEngine:
         self._weights = onnx.parent
         self._config = config
         self._cache = directory
+        self._profile = profile
         self._changed: dict[str, np.ndarray] = {}
         self._buffers: dict[str, Any] = {}
         self._session = self._open()
@@ -131,6 +157,9 @@ class OnnxRuntimeEngine:
         if self._buffers:
             self.bind(self._buffers)
 
+    def end_profile(self) -> str:
+        return str(self._session.end_profiling())
+
     def _open(self, changed: Mapping[str, np.ndarray] | None = None) -> Any:
         ort = _vendor()
         options = ort.SessionOptions()
@@ -139,6 +168,9 @@ class OnnxRuntimeEngine:
                 options.add_free_dimension_override_by_name(name, value)
         options.intra_op_num_threads = self._config.threads or physical_cores()
         options.log_severity_level = 3
+        if self._profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._profile)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._weights))
         model = self._model.read_bytes()
         if changed:

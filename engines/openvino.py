@@ -22,6 +22,7 @@ import numpy as np
 from engines.buffers import check_array, check_names, resolve
 from engines.bundle import Component
 from engines.cpu import describe
+from engines.layers import Layer
 from engines.onnx_file import convert
 from engines.openvino_passes import cut_angles, halve_gates, narrow, own_attention, own_group_norm, replace, widen
 from engines.spec import EngineConfig, EngineError, TensorSpec
@@ -88,6 +89,29 @@ def load(onnx: Path, component: Component, config: EngineConfig, directory: Path
     return OpenVinoEngine(onnx, component, config)
 
 
+def layers(onnx: Path, component: Component, config: EngineConfig, directory: Path, feed: Mapping[str, np.ndarray],
+           calls: int) -> list[Layer]:
+    """See `engines.layers`. What the plugin has folded into another layer, or need not do, is none of them."""
+    engine = OpenVinoEngine(onnx, component, config, counters=True)
+    engine.bind({**feed, **{name: spec.empty() for name, spec in engine.outputs.items()}})
+    found = []
+    for _ in range(calls + 1):
+        engine.enqueue()
+        found.append({node.node_name: node for node in engine.counters()})
+    nodes = {name: node for call in found for name, node in call.items()}  # one of no microsecond counts as not run
+    seconds = {name: [call[name].real_time.total_seconds() if name in call else 0.0 for call in found[1:]]
+               for name in nodes}
+    return [_layer(name, node.node_type, node.exec_type, float(np.median(seconds[name])) if calls else None)
+            for name, node in nodes.items()]
+
+
+def _layer(name: str, kind: str, implementation: str, seconds: float | None) -> Layer:
+    """A node of the plugin's; an implementation is named as in "brgconv_avx512_amx_bf16", one of our ops "ref_bf16"."""
+    kernel, _, precision = implementation.rpartition("_")
+    own = next((op for op, _ in KERNELS.values() if kind == "Reference" and name.startswith(f"{op}_")), None)
+    return Layer(name, own or kind, "latentrt" if own else kernel, precision, seconds)
+
+
 def _ours(config: EngineConfig, kind: str) -> bool:
     """Whether an engine computes with our kernel of this kind, or with OpenVINO's."""
     wanted = config.options.get(kind)
@@ -112,14 +136,18 @@ def _extension_missing() -> str | None:
 
 
 class OpenVinoEngine:
-    """Infer requests with static shapes: the fp32 angles, if any, then the rest; see `engines.spec.Engine`."""
+    """Infer requests with static shapes: the fp32 angles, if any, then the rest; see `engines.spec.Engine`.
 
-    def __init__(self, onnx: Path, component: Component, config: EngineConfig) -> None:
+    counters: have every layer timed, which costs time itself; `counters()` then has the figures of the last call.
+    """
+
+    def __init__(self, onnx: Path, component: Component, config: EngineConfig, counters: bool = False) -> None:
         self.inputs: Mapping[str, TensorSpec] = resolve(component.inputs, config)
         self.outputs: Mapping[str, TensorSpec] = resolve(component.outputs, config)
         self._onnx = onnx
         self._dtype = component.dtype
         self._config = config
+        self._counters = counters
         self._changed: dict[str, np.ndarray] = {}
         self._buffers: dict[str, np.ndarray] = {}
         self._requests = self._compile({})
@@ -149,6 +177,11 @@ class OpenVinoEngine:
         self._changed = changed
         if self._buffers:
             self.bind(self._buffers)
+
+    def counters(self) -> list[Any]:
+        """openvino.ProfilingInfo of the layers that the last call executed, in their order."""
+        return [node for request in self._requests for node in request.get_profiling_info()
+                if node.status == node.Status.EXECUTED]
 
     def _compile(self, changed: Mapping[str, np.ndarray]) -> list[Any]:
         ov = _vendor()
@@ -185,6 +218,8 @@ class OpenVinoEngine:
             properties["EXECUTION_MODE_HINT"] = "ACCURACY"
         if self._config.threads:
             properties["INFERENCE_NUM_THREADS"] = self._config.threads
+        if self._counters:
+            properties["PERF_COUNT"] = True
         return {**properties, **{name: v for name, v in self._config.options.items() if name not in KERNELS}}
 
     def _check(self, model: Any) -> None:

@@ -6,10 +6,14 @@ beside files and config), `build(onnx, component, config, directory)`, `load(onn
 reads the bundle's ONNX files), `SOURCES` (our files that shape its engines), `ON_GPU` (its engines are for a GPU and
 compute in the precision of the graph) and `IN_PARTS` (it runs the UNet faster in the parts of `export.hoist`). An
 engine with an attribute `gpu` runs on the GPU of that number.
+
+It may hold, for `python -m engines inspect`: `details(directory)` (what it recorded when it built, JSON values by
+name) and `layers(onnx, component, config, directory, feed, calls)` (see `engines.layers`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -28,11 +32,14 @@ from engines import verify
 from engines.bundle import Bundle, Check, hash_file, hash_files, parse
 from engines.publish import BusyError, publish, user_cache
 from engines.spec import Engine, EngineConfig, EngineError
+from engines.verify import Timing
 
-FORMAT = 1
+FORMAT = 2  # 1 had no timing
 RECORD = "engine.json"
 KERNELS = "kernels-"
 """What the directory of the runtime's own kernels begins with (`engines/runtime_kernels.py`); it is no engine."""
+OWN = ("component.", "source.", "versions.kernels")
+"""Parts of a key that are the bundle's or this project's own; all others are the machine and the vendor's library."""
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +49,7 @@ class Record:
     """What `engine.json` says. key: all that the engine depends on, whose sha256 names the directory.
 
     files: what the backend wrote → sha256. check: figures against the reference, None where the build skipped it.
+    timing: what a call takes, measured together with the check; None where that was skipped, or built by format 1.
     """
 
     component: str
@@ -51,6 +59,7 @@ class Record:
     check: Check | None
     build_seconds: float
     date: str
+    timing: Timing | None = None
     format: int = FORMAT
 
     @classmethod
@@ -64,6 +73,7 @@ class Record:
                                   f"update latentrt, or {do}")
             data["config"] = EngineConfig.from_json(data["config"])
             data["check"] = data["check"] and parse(Check, data["check"], str(file), do)
+            data["timing"] = data.get("timing") and parse(Timing, data["timing"], str(file), do)
             return parse(cls, data, str(file), do)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise EngineError(f"{file}: not a readable engine record ({e!r}); {do}") from e
@@ -77,10 +87,13 @@ def load(bundle: Bundle, component: str, config: EngineConfig) -> Engine:
     """The engine of one component, built first where there is none.
 
     What is about to be loaded is hashed; a file that is missing or differs raises EngineError naming the command that
-    makes it again.
+    makes it again. So does an engine of this config that was built for another device, driver or library version,
+    where there is none for this one.
     """
     path = find(bundle, component, config)
     fresh = path is None
+    if fresh:
+        _refuse_mismatched(bundle, component, config)
     path = path or build(bundle, component, config)
     module = engines.backend(config.backend)
     spec = bundle.component(component)
@@ -214,11 +227,7 @@ def directory_name(bundle: Bundle, component: str, config: EngineConfig) -> str:
 
 def stale(bundle: Bundle, record: Record) -> str | None:
     """Why the engine would not be used today ("versions.openvino: 1 → 2"), or None where it would."""
-    then = dict(_flat(record.key))
-    now = dict(_flat(key(bundle, record.component, record.config)))
-    changes = [f"{name}: {then.get(name)} → {now.get(name)}" for name in sorted({*then, *now})
-               if then.get(name) != now.get(name)]
-    return "; ".join(changes) or None
+    return "; ".join(_changes(bundle, record).values()) or None
 
 
 def verify_files(bundle: Bundle, path: Path, record: Record) -> None:
@@ -232,13 +241,13 @@ def verify_files(bundle: Bundle, path: Path, record: Record) -> None:
                               f"{rebuild_command(bundle, record.component, record.config)}")
 
 
-def rebuild_command(bundle: Bundle, component: str, config: EngineConfig) -> str:
-    """"build it again: python -m engines build …" for one engine."""
+def rebuild_command(bundle: Bundle, component: str | None, config: EngineConfig) -> str:
+    """"build it again: python -m engines build …" for one engine, or for those of every component of its size."""
     factor = bundle.manifest.latent.factor
     height, width = (config.height or config.latent_height * factor), (config.width or config.latent_width * factor)
     batch = config.batch // 2 if config.batch % 2 == 0 else config.batch  # building for n also builds 2n rows
     words = ["python", "-m", "engines", "build", str(bundle.path), "--backend", config.backend,
-             "--component", component, "--batch", str(batch), "--dtype", config.dtype]
+             *(["--component", component] if component else []), "--batch", str(batch), "--dtype", config.dtype]
     words += ["--size", f"{height}x{width}"] if height else []
     words += ["--threads", str(config.threads)] if config.threads else []
     words += ["--device", config.device] if config.device != "cpu" else []
@@ -269,12 +278,41 @@ def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: b
         bar.update()
         if missing := module.runnable(config):
             log.warning("%s: built, not checked: %s", name, missing)
-        figures = verify.check(bundle, name, config, temporary) if check and not missing else None
+        figures, timing = verify.check(bundle, name, config, temporary) if check and not missing else (None, None)
         bar.update()
         written = sorted(str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file())
         files = hash_files(temporary, written)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        Record(name, config, key(bundle, name, config), files, figures, round(seconds, 3), now).write(temporary)
+        Record(name, config, key(bundle, name, config), files, figures, round(seconds, 3), now, timing).write(temporary)
+
+
+def _changes(bundle: Bundle, record: Record) -> dict[str, str]:
+    """Parts of the key that are not today's: name → "name: then → now"."""
+    then = dict(_flat(record.key))
+    now = dict(_flat(key(bundle, record.component, record.config)))
+    return {name: f"{name}: {then.get(name)} → {now.get(name)}" for name in sorted({*then, *now})
+            if then.get(name) != now.get(name)}
+
+
+def _refuse_mismatched(bundle: Bundle, component: str, config: EngineConfig) -> None:
+    """Raise EngineError where every engine of this config is for another device, driver or library version.
+
+    One that only our own sources have left behind is no such engine: it is built again without a word.
+    """
+    found: list[tuple[str, str]] = []
+    for path in engine_directories(bundle):
+        if not path.name.startswith(f"{component}-{config.backend}-"):
+            continue
+        with contextlib.suppress(EngineError):  # a damaged record of another key is `list`'s to show
+            record = Record.read(path, "")
+            if (record.component, record.config) != (component, config):
+                continue
+            outside = [text for name, text in _changes(bundle, record).items() if not name.startswith(OWN)]
+            if not outside:
+                return
+            found.append((record.date, f"{path} was built for another machine or version ({'; '.join(outside)})"))
+    if found:
+        raise EngineError(f"{max(found)[1]}; {rebuild_command(bundle, None, config)}")
 
 
 def writable_root(bundle: Bundle) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import engines
 from engines.bundle import Bundle
 from engines.interrupt import interruptible
+from engines.options import picture_size, positive
 from engines.spec import DTYPES, EngineConfig, EngineError
 from export import FAMILIES, ExportError, export
 
@@ -60,9 +61,10 @@ def _run(options: argparse.Namespace) -> Bundle:
     if build != "none":  # before the long part: a missing backend, or a GPU it has no code for, shows at once
         from engines.choice import choose
 
-        engine, computes = choose(build, options.dtype)
-        if engines.backend(engine).ON_GPU:
-            computes, device = "auto", options.gpu or "cuda:0"  # as each graph is: XL's VAE is bf16 in an fp16 bundle
+        engine, computes, device, _ = choose(build, options.dtype, device=options.gpu or "auto",
+                                             build=options.gpu is not None)
+        if device != "cpu":
+            computes = "auto"  # as each graph is: XL's VAE is bf16 in an fp16 bundle
             engines.backend(engine).versions(EngineConfig(engine, dtype, device=device))
     bundle = export(options.checkpoint, options.output, force=options.force, progress=not options.quiet, dtype=dtype,
                     config=options.config, tokenizer=options.tokenizer)
@@ -88,25 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("engines", "Any of these builds engines from the bundle when it is done, which "
                                       "`python -m engines build` can do later.")
     group.add_argument("--backend", choices=["auto", *engines.BACKENDS, "none"],
-                       help="which engines; auto is the fastest backend that is installed")
-    group.add_argument("--size", nargs="+", type=_size, metavar="HxW", help="picture sizes (default: the model's own)")
-    group.add_argument("--batch", nargs="+", type=_count, metavar="N", help="pictures at a time (default: 1)")
+                       help="which engines; auto is what is preferred here (python -m engines list)")
+    group.add_argument("--size", nargs="+", type=picture_size, metavar="HxW",
+                       help="picture sizes (default: the model's own)")
+    group.add_argument("--batch", nargs="+", type=positive, metavar="N", help="pictures at a time (default: 1)")
     parser.add_argument("--gpu", type=_gpu, metavar="ARCH", help="the GPU that will run it, such as sm_90")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what is decided, and tracebacks")
     return parser
-
-
-def _size(text: str) -> tuple[int, int]:
-    if not (found := re.fullmatch(r"(\d+)x(\d+)", text)):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH such as 512x768")
-    return int(found[1]), int(found[2])
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return int(text)
 
 
 def _gpu(text: str) -> str:

@@ -10,7 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import engines
+from engines import Bundle
+from engines.choice import choose
 from engines.interrupt import interruptible
+from engines.options import picture_size
 from runtime import EngineError, Pipeline, Request, Result, images
 from runtime.schedulers import names
 
@@ -43,7 +47,13 @@ def _run(args: argparse.Namespace) -> int:
     requests = _requests(args)
     targets = _targets(args, requests)
     size = next(((r.height, r.width) for r in requests if r.height and r.width), None)
-    pipe = Pipeline.load(args.bundle, args.backend, dtype=args.dtype, device=args.device, size=size,
+    bundle = Bundle.open(args.bundle)
+    choice = choose(args.backend, args.dtype, args.device, bundle=bundle, size=size, batch=args.batch,
+                    threads=args.threads)
+    if args.rebuild:
+        engines.build_all(bundle, choice.backend, sizes=[size] if size else (), batches=[args.batch],
+                          dtype=choice.dtype, device=choice.device, threads=args.threads, rebuild=True)
+    pipe = Pipeline.load(args.bundle, choice.backend, dtype=choice.dtype, device=choice.device, size=size,
                          batch=args.batch, threads=args.threads, eager=args.eager, progress=not args.quiet)
     results = pipe(requests)
     drawn = []
@@ -55,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
             drawn.append(image)
     if args.grid:
         images.save(images.grid(drawn), args.grid, force=args.force)
-    _report(args, pipe, results, targets)
+    _report(args, pipe, choice.why, results, targets)
     return 0
 
 
@@ -84,13 +94,14 @@ def _targets(args: argparse.Namespace, requests: list[Request]) -> list[list[Pat
     return [[next(files) for _ in range(r.count)] for r in requests]
 
 
-def _report(args: argparse.Namespace, pipe: Pipeline, results: list[Result], targets: list[list[Path]]) -> None:
+def _report(args: argparse.Namespace, pipe: Pipeline, why: str, results: list[Result],
+            targets: list[list[Path]]) -> None:
     timings = results[0].timings
     if args.json:
         record = {"images": [{"file": str(f), "request": r.request_of(i).to_json()}
                              for r, files in zip(results, targets, strict=True) for i, f in enumerate(files)],
                   "grid": str(args.grid) if args.grid else None, "backend": pipe.backend, "dtype": pipe.dtype,
-                  "seconds": {"load": pipe.load_seconds, **timings}}
+                  "chosen": why, "seconds": {"load": pipe.load_seconds, **timings}}
         print(json.dumps(record, indent=1, ensure_ascii=False))
         return
     for result, files in zip(results, targets, strict=True):
@@ -100,16 +111,6 @@ def _report(args: argparse.Namespace, pipe: Pipeline, results: list[Result], tar
         print(args.grid)
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in {"load": pipe.load_seconds, **timings}.items())
     print(f"{pipe.backend} {pipe.dtype}: {stages}")
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`HxW` (or one number for a square) to (height, width)."""
-    try:
-        sides = [int(side) for side in text.lower().split("x")]
-        height, width = sides if len(sides) == 2 else sides * 2
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH such as 512x768") from e
-    return height, width
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,19 +131,21 @@ def _parser() -> argparse.ArgumentParser:
         help="the solver's timesteps, highest first, instead of --steps")
     add("--seed", type=int, metavar="N", help="0 to 2**64-1; image i uses seed + i (default: drawn and printed)")
     add("--count", type=int, metavar="N", help="images per prompt (default 1)")
-    add("--size", type=parse_size, metavar="HxW", help="pixels, height first (default: the model's own)")
+    add("--size", type=picture_size, metavar="HxW", help="pixels, height first (default: the model's own)")
     add("--from", dest="source", type=Path, metavar="FILE.png", help="repeat the request stored in a picture; "
         "options given here change it")
     add("-o", "--output", dest="target", type=Path, default=Path("latentrt.png"), metavar="FILE",
         help="picture to write, numbered when there are several (default %(default)s)")
     add("--grid", type=Path, metavar="FILE", help="also write all pictures on one")
     add("--force", action="store_true", help="replace pictures that exist")
-    add("--backend", default="auto", help="engine to run (default: the fastest installed; see python -m engines list)")
+    add("--backend", default="auto", help="engine to run (default: the fastest measured here, or what is preferred; "
+        "python -m engines list BUNDLE says which and why)")
     add("--dtype", default="auto", help="fp32, fp16, bf16 or auto: precision to compute in (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda:0 or auto (default): where the engine runs")
     add("--eager", action="store_true", help="no CUDA graphs")
     add("--batch", type=int, default=1, metavar="N", help="images denoised together (default 1)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+    add("--rebuild", action="store_true", help="build the engines of this size and batch again first")
     add("--json", action="store_true", help="print files, requests and timings as JSON")
     add("--quiet", action="store_true", help="no progress bars")
     add("-v", "--verbose", action="store_true", help="log what is loaded and built; tracebacks for errors")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import engines
 from engines import Bundle, Engine, EngineError
-from engines.choice import choose, device_of
+from engines.choice import choose
 from engines.gpu import gpus
 from engines.runtime_kernels import runtime_kernels
 from kernels.artefact import KernelError
@@ -100,19 +100,18 @@ class Pipeline:
         start = time.perf_counter()
         bundle = Bundle.open(path)
         _require_one_text(bundle)
-        backend, chosen = choose(backend, dtype, device)
-        device = device_of(backend, device)
-        if engines.backend(backend).ON_GPU:
-            chosen = bundle.component("unet").dtype
-            if dtype not in ("auto", chosen):
-                raise EngineError(f"dtype: got {dtype}, expected {chosen}, that of the graph, which {backend} keeps; "
-                                  f"export the checkpoint with --dtype {dtype}")
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: got {batch!r}, expected a whole number of at least 1")
         size = size or bundle.manifest.default_size
         bundle.check_size(*size)
+        backend, dtype, device, _ = choose(backend, dtype, device, bundle=bundle, size=size, batch=batch,
+                                           threads=threads)
+        own = bundle.component("unet").dtype
+        if engines.backend(backend).ON_GPU and dtype != own:
+            raise EngineError(f"dtype: got {dtype}, expected {own}, that of the graph, which {backend} keeps; "
+                              f"export the checkpoint with --dtype {dtype}")
         bundle.verify(bundle.manifest.files)
-        pipe = cls(bundle, backend=backend, dtype=chosen, device=device, size=size, batch=batch, threads=threads,
+        pipe = cls(bundle, backend=backend, dtype=dtype, device=device, size=size, batch=batch, threads=threads,
                    eager=eager, progress=progress)
         with pipe._bar(total=3, desc="load", unit="engine") as bar:
             for load in (lambda: pipe._engine("text_encoder", 2), lambda: pipe._unet.load(size, 2 * batch),

@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
+import engines
 from runtime.__main__ import main
 
 
@@ -50,6 +51,24 @@ def test_json_tells_files_seeds_and_seconds(draw, capsys, tmp_path):
     assert report["images"][0]["file"] == str(tmp_path / "cat.png")
     assert report["images"][0]["request"]["seed"] == 9
     assert {"load", "text", "denoise", "decode", "total"} == set(report["seconds"])
+
+
+def test_json_tells_why_a_backend_was_chosen(draw, capsys):
+    assert draw("--json") == 0
+    assert "UNet call" in (why := json.loads(capsys.readouterr().out)["chosen"]) or why == "asked for"
+    assert draw("--json", "--force", "--dtype", "auto", "-v") == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "fp32"
+
+
+def test_rebuild_replaces_engines_of_another_version(draw, capsys, monkeypatch):
+    assert draw() == 0
+    module = engines.backend("onnxruntime")
+    monkeypatch.setattr(module, "versions", lambda c=None, real=module.versions: {**real(c), "onnxruntime": "9"})
+    assert draw("--force") == 2
+    error = capsys.readouterr().err
+    assert 'versions.onnxruntime: "' in error and "python -m engines build" in error and "--rebuild" in error
+    assert draw("--force", "--rebuild") == 0
+    assert draw("--force") == 0
 
 
 def test_an_existing_picture_is_kept_unless_forced(draw, tmp_path, capsys):

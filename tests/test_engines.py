@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -288,6 +289,51 @@ def test_everything_else_that_matters_changes_the_key(bundle, monkeypatch, what)
                        "source": "source.cpu.py", "dtype of the component": "component.dtype"}[what] in reason
 
 
+def pretend(monkeypatch, **versions):
+    """Make today's OpenVINO or machine another one."""
+    module = engines.backend("openvino")
+    monkeypatch.setattr(module, "versions", lambda config=None, real=module.versions: {**real(config), **versions})
+
+
+@pytest.mark.parametrize("what", ["openvino", "cpu", "driver"])
+def test_an_engine_for_another_version_or_machine_is_refused_with_the_command(bundle, monkeypatch, what):
+    own = config(bundle)
+    old = engines.build(bundle, "unet", own)
+    pretend(monkeypatch, **{what: "other"})
+    message = rf"{old.name} was built for another machine or version \(versions.{what}: .*" \
+              r'→ "other"\); build it again: python -m engines build .* --rebuild'
+    with pytest.raises(EngineError, match=message) as error:
+        engines.load(bundle, "unet", own)
+    words = shlex.split(str(error.value).split("python -m engines ")[1])
+    assert "--component" not in words and cli.main(words) == 0  # all components: the others are as old
+    engines.load(bundle, "unet", own)
+    assert len(list(store.engine_directories(bundle))) == 1 + 4  # the old one is another machine's, perhaps
+
+
+@pytest.mark.parametrize("what", ["source", "kernels"])
+def test_an_engine_that_only_our_own_sources_left_behind_is_built_again(bundle, monkeypatch, what):
+    own = config(bundle)
+    engines.build(bundle, "unet", own)
+    if what == "source":
+        monkeypatch.setattr(engines.backend("openvino"), "SOURCES", ("openvino.py", "cpu.py"))
+    else:
+        pretend(monkeypatch, kernels="other")
+    engines.load(bundle, "unet", own)
+    assert len(list(store.engine_directories(bundle))) == 2
+
+
+def test_another_machine_s_engine_does_not_keep_this_one_from_its_own(bundle, monkeypatch):
+    own = config(bundle)
+    with monkeypatch.context() as there:
+        pretend(there, cpu="other")
+        engines.build(bundle, "unet", own)
+    engines.build(bundle, "unet", own)
+    engines.load(bundle, "unet", own)
+    monkeypatch.setattr(engines.backend("openvino"), "SOURCES", ("openvino.py", "cpu.py"))
+    engines.load(bundle, "unet", own)
+    engines.load(bundle, "unet", config(bundle, batch=2))  # of another config there is none
+
+
 def test_a_16_bit_engine_on_a_cpu_is_refused_by_onnxruntime(bundle):
     with pytest.raises(EngineError, match=r"got dtype fp16.*--dtype fp32"):
         engines.build(bundle, "unet", config(bundle, "onnxruntime", dtype="fp16"))
@@ -360,7 +406,7 @@ def test_a_damaged_onnx_file_is_refused(bundle, backend, built):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda r: r.update(format=99), "engine format 99, this version reads up to 1"),
+    (lambda r: r.update(format=99), "engine format 99, this version reads up to 2"),
     (lambda r: r.update(surprise=1), r"unknown keys \['surprise'\]"),
     (lambda r: r.pop("files"), r"missing keys \['files'\]"),
     (lambda r: r.pop("config"), "not a readable engine record"),

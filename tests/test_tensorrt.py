@@ -123,7 +123,7 @@ def test_the_library_opens_no_plan_without_a_gpu(bundle):
 @without_gpu
 def test_auto_is_a_backend_that_runs_here():
     assert choose()[0] in ("openvino", "onnxruntime")
-    assert choose("tensorrt-rtx", "fp16") == ("tensorrt-rtx", "fp16")
+    assert choose("tensorrt-rtx", "fp16")[:3] == ("tensorrt-rtx", "fp16", "cuda:0")
 
 
 @without_gpu

@@ -1,0 +1,20 @@
+"""Types of command-line options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """HxW to (height, width), in pixels; one number is a square. Raises ArgumentTypeError."""
+    if not (found := re.fullmatch(r"(\d+)(?:x(\d+))?", text.lower())):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH in pixels, such as 512x768")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return int(text)
