@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 import engines
+from benchmarks.__main__ import main as benchmark
 from engines import __main__ as cli
 from engines import choice, store
 from engines.bundle import Bundle
 from engines.choice import choose
 from engines.options import picture_size, positive
 from engines.spec import EngineError
+from runtime.__main__ import main as draw
 from tests.conftest import why_no_gpu
 from tests.small import small_bundle
 
@@ -189,3 +191,20 @@ def test_types_of_options():
     for wrong in ("0", "-1", "1.5", "many", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number of at least 1"):
             positive(wrong)
+
+
+@without_gpu
+@pytest.mark.parametrize(("words", "message"), [
+    (["--device", "cuda:0"], "no engine can be used on cuda:0"),
+    (["--device", "cuda:0", "--backend", "onnxruntime", "--dtype", "fp32"], "no CUDAExecutionProvider"),
+    (["--backend", "tensorrt-rtx"], "got device cuda:0 on a machine of 0 NVIDIA GPUs")])
+def test_the_runtime_refuses_a_gpu_that_is_not_there(original, words, message, capsys):
+    if "tensorrt-rtx" in words:
+        pytest.importorskip("tensorrt_rtx")
+    assert draw([str(original), "a cat", "--quiet", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_graphs_are_not_measured_on_a_cpu(capsys):
+    assert benchmark(["graphs", "no.bundle", "--device", "cpu"]) == 2
+    assert "device: got cpu, expected cuda:N" in capsys.readouterr().err
