@@ -23,7 +23,7 @@ from engines.buffers import check_array, check_names, resolve
 from engines.bundle import Component
 from engines.cpu import describe
 from engines.onnx_file import convert
-from engines.openvino_passes import cut_angles, own_attention, own_group_norm, replace, widen
+from engines.openvino_passes import cut_angles, halve_gates, narrow, own_attention, own_group_norm, replace, widen
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from kernels import native
 
@@ -164,8 +164,12 @@ class OpenVinoEngine:
             for kind, (op, put) in KERNELS.items():
                 if _ours(self._config, kind):
                     core.add_extension(str(native.openvino_extension()))
-                    put(ov, model, _own_op(op), bf16=self._config.dtype == "bf16")
+                    put(ov, model, _own_op(op))
             angles = cut_angles(ov, model) if self._config.dtype != "fp32" else None
+            if any(_ours(self._config, kind) for kind in KERNELS):
+                halve_gates(ov, model)
+                if self._config.dtype == "bf16":
+                    narrow(ov, model)
             body = core.compile_model(model, "CPU", self._properties(self._config.dtype)).create_infer_request()
             if angles is None:
                 return [body]

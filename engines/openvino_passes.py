@@ -11,18 +11,18 @@ from engines.spec import EngineError
 
 OWN_HEAD_DIMS = range(8, 1025, 8)
 SWAP = [0, 2, 1, 3]  # tokens and heads
+CHUNK = 1 << 16  # weights that are rounded at a time, in cache
 
 
-def own_attention(ov: Any, model: Any, attention: Callable[..., Any], *, bf16: bool) -> int:
+def own_attention(ov: Any, model: Any, attention: Callable[..., Any]) -> int:
     """Replace OpenVINO's attention by ours wherever ours computes the same; returns at how many sites.
 
     before   q, k, v ─▶ Transpose ─▶ ScaledDotProductAttention ─▶ Transpose ─▶ …
     after    q, k, v ─▶ Attention ─▶ …    it reads and writes [batch, tokens, heads, head dim] as it lies
 
-    attention: makes a node from inputs and attributes. bf16: convert around the node, whose type is what it computes
-    with; the plugin, which holds all else in bfloat16 too, then has nothing to convert.
+    attention: makes a node from inputs and attributes.
     """
-    opset, count = ov.opset13, 0
+    count = 0
     for op in [op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention"]:
         q, k, v, *rest = op.input_values()
         scale = _scale(rest)
@@ -31,12 +31,8 @@ def own_attention(ov: Any, model: Any, attention: Callable[..., Any], *, bf16: b
         users = [target.get_node() for target in op.output(0).get_target_inputs()]
         swapped = all(_is_swap(value.get_node()) for value in (q, k, v)) and len(users) == 1 and _is_swap(users[0])
         inputs = [value.get_node().input_value(0) if swapped else value for value in (q, k, v)]
-        if bf16:
-            inputs = [opset.convert(value, "bf16").output(0) for value in inputs]
         attributes = {"scale": scale, "causal": op.get_attributes()["causal"], "heads_first": not swapped}
         out = attention(inputs, attributes)
-        if bf16:
-            out = opset.convert(out, "f32")
         (users[0] if swapped else op).output(0).replace(out.output(0))
         count += 1
     if count:
@@ -44,14 +40,14 @@ def own_attention(ov: Any, model: Any, attention: Callable[..., Any], *, bf16: b
     return count
 
 
-def own_group_norm(ov: Any, model: Any, group_norm: Callable[..., Any], *, bf16: bool) -> int:
+def own_group_norm(ov: Any, model: Any, group_norm: Callable[..., Any]) -> int:
     """Replace group norm, with the SiLU that may follow, by ours; returns at how many sites.
 
     before   x ─▶ GroupNormalization ─▶ Sigmoid, Multiply ─▶ …
     after    x ─▶ Transpose ─▶ GroupNormSilu ─▶ Transpose ─▶ …    channels last, as the plugin's convolutions have them
 
     The plugin sees that the transpositions move nothing, and no longer converts between the layouts of its own group
-    norm and of its convolutions. group_norm, bf16: as for own_attention.
+    norm and of its convolutions. group_norm: makes a node from inputs and attributes.
     """
     opset, count = ov.opset13, 0
     for op in [op for op in model.get_ordered_ops() if op.get_type_name() == "GroupNormalization"]:
@@ -59,19 +55,125 @@ def own_group_norm(ov: Any, model: Any, group_norm: Callable[..., Any], *, bf16:
         silu, rank = _silu(op), len(x.get_shape())
         to_last, to_first = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
         y = opset.transpose(x, opset.constant(np.array(to_last)))
-        if bf16:
-            y = opset.convert(y, "bf16")
         attributes = {"groups": op.get_attributes()["num_groups"], "eps": op.get_attributes()["epsilon"],
                       "silu": silu is not None, "channels_last": True}
         y = group_norm([y.output(0), weight, bias], attributes)
-        if bf16:
-            y = opset.convert(y, "f32")
         y = opset.transpose(y, opset.constant(np.array(to_first)))
         (silu or op).output(0).replace(y.output(0))
         count += 1
     if count:
         model.validate_nodes_and_infer_types()
     return count
+
+
+def halve_gates(ov: Any, model: Any) -> int:
+    """Multiply by each half of a weight where the product is split in two anyway; returns at how many sites.
+
+    before   x ─▶ MatMul(w), Add(b) ─▶ Split ─▶ …      a feed-forward whose one half gates the other
+    after    x ─▶ MatMul(w₁), Add(b₁) ─▶ … and x ─▶ MatMul(w₂), Add(b₂) ─▶ …
+
+    Nothing is copied, and the activation of the gate becomes part of its product.
+    """
+    opset, count = ov.opset13, 0
+    for op in [op for op in model.get_ordered_ops() if op.get_type_name() == "Split" and op.get_output_size() == 2]:
+        if (found := _linear(op.input_value(0).get_node())) is None or not _halves_last(op):
+            continue
+        x, weight, bias, transposed = found
+        weights = opset.split(weight, opset.constant(np.int64(0 if transposed else 1)), 2)
+        biases = opset.split(bias, opset.constant(np.int64(len(bias.get_shape()) - 1)), 2)
+        for half in range(2):
+            product = opset.matmul(x, weights.output(half), False, transposed)
+            op.output(half).replace(opset.add(product, biases.output(half)).output(0))
+        count += 1
+    if count:
+        model.validate_nodes_and_infer_types()
+    return count
+
+
+def _linear(add: Any) -> tuple[Any, Any, Any, bool] | None:
+    """(x, weight, bias, whether the weight is transposed) of x · weight + bias with a constant weight; else None."""
+    for product, bias in (add.input_values(), add.input_values()[::-1]) if add.get_type_name() == "Add" else ():
+        node = product.get_node()
+        if node.get_type_name() == "MatMul" and len(product.get_target_inputs()) == 1:
+            x, weight = node.input_values()
+            attributes = node.get_attributes()
+            if (_is_constant(weight) and len(weight.get_shape()) == 2 and _is_constant(bias)
+                    and bias.get_shape()[-1:] == product.get_shape()[-1:] and not attributes["transpose_a"]):
+                return x, weight, bias, attributes["transpose_b"]
+    return None
+
+
+def _is_constant(value: Any) -> bool:
+    node = value.get_node()
+    while node.get_type_name() in ("Convert", "Reshape", "Transpose"):
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Constant"
+
+
+def _halves_last(split: Any) -> bool:
+    """Whether a Split divides the last axis of a value that nothing else reads."""
+    axis = _number(split.input_value(1))
+    value = split.input_value(0)
+    return axis in (-1, len(value.get_shape()) - 1) and len(value.get_target_inputs()) == 1
+
+
+def narrow(ov: Any, model: Any) -> None:
+    """Make a float32 graph one of bfloat16 between its inputs and outputs, which stay float32.
+
+    The plugin computes in bfloat16 either way; but to nodes of ours it gives what their inputs say, and conversions
+    before and after every one of them would copy each tensor twice. Weights are rounded here, to nearest even: a
+    Convert that the plugin folds cuts their last bits off, which adds a quarter to the error of a UNet. The weight and
+    bias of our group norm stay float32.
+    """
+    opset = ov.opset13
+    for op in model.get_ordered_ops():
+        kind = op.get_type_name()
+        if not op.get_output_size() or op.get_output_element_type(0).to_string() != "f32":
+            continue
+        users = [user for user in op.output(0).get_target_inputs()
+                 if not (user.get_node().get_type_name() == "GroupNormSilu" and user.get_index())]
+        if not users:
+            continue
+        if kind == "Parameter":
+            value = opset.convert(op, "bf16").output(0)
+        elif kind == "Constant":
+            value = _rounded(ov, op.get_data()).output(0)
+        elif kind == "Convert" and op.input_value(0).get_node().get_type_name() == "Constant":
+            value = _rounded(ov, _values(op.input_value(0).get_node())).output(0)
+        elif kind == "Convert":
+            value = opset.convert(op.input_value(0), "bf16").output(0)
+        else:
+            continue
+        for user in users:
+            user.replace_source_output(value)
+    for result in model.get_results():
+        source = result.input_value(0)
+        names = source.get_tensor().get_names()
+        wide = opset.convert(source, "f32")
+        source.get_tensor().set_names(set())
+        wide.output(0).get_tensor().set_names(names)
+        result.input(0).replace_source_output(wide.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _values(constant: Any) -> np.ndarray:
+    """A constant in float32; numpy has no bfloat16, so OpenVINO gives its bits as float16."""
+    data = constant.get_data()
+    if constant.get_output_element_type(0).to_string() == "bf16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return data.astype(np.float32)
+
+
+def _rounded(ov: Any, value: np.ndarray) -> Any:
+    """A bfloat16 constant, rounded to nearest even; what is finite stays so."""
+    tensor = ov.Tensor(ov.Type.bf16, ov.Shape(list(value.shape)))
+    out, bits = tensor.data.view(np.uint16).reshape(-1), np.ascontiguousarray(value).reshape(-1).view(np.uint32)
+    for start in range(0, bits.size, CHUNK):
+        chunk = bits[start:start + CHUNK]
+        rounded = (chunk + np.uint32(0x7FFF) + ((chunk >> 16) & 1)) >> 16
+        infinite = (rounded & 0x7F80 == 0x7F80) & (chunk & 0x7F800000 != 0x7F800000)
+        out[start:start + CHUNK] = rounded - infinite
+    return ov.op.Constant(tensor)
 
 
 def _silu(op: Any) -> Any:

@@ -72,6 +72,8 @@ def _save(graph: ir.Graph, whole: ir.Model, file: Path, part: str,
         graph.inputs.remove(value)
     for value in graph.inputs:
         value.shape = ir.Shape(given[str(value.name)].shape)
+    for name in [name for name in whole.graph.initializers if name in graph.initializers]:  # `extract` has no order
+        graph.initializers.add(graph.initializers.pop(name))
     model = ir.Model(graph, ir_version=whole.ir_version, producer_name=whole.producer_name,
                      producer_version=whole.producer_version)
     common.ShapeInferencePass()(model)

@@ -168,7 +168,8 @@ def test_manifest(folder, bundle):
     assert manifest.scheduler == json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     text, = manifest.text
     assert (text.max_length, text.pad_id, text.hidden_layer) == (77, 527, "last")
-    shapes = {spec.name: spec.shape for c in manifest.components.values() for spec in (*c.inputs, *c.outputs)}
+    own = [manifest.components[name] for name in COMPONENTS]
+    shapes = {spec.name: spec.shape for c in own for spec in (*c.inputs, *c.outputs)}
     latents = ("batch", 4, "latent_height", "latent_width")
     assert shapes == {
         "input_ids": ("batch", 77), "hidden_states": ("batch", 77, 32), "sample": latents, "timestep": ("batch",),

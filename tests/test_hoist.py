@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from engines.spec import TensorSpec
 from export import ExportError
 from export.checkpoint import open_checkpoint
 from export.component import export_component
+from export.graphs import GRAPHS
 from export.hoist import hoist
 from runtime import Pipeline, Request
 from tests import tiny
@@ -162,3 +164,12 @@ def test_pictures_are_the_same_whole_and_in_parts(bundle, monkeypatch):
         pipe = Pipeline.load(bundle.path, "onnxruntime", size=(64, 64), batch=2)
         pictures.append(np.concatenate([pipe.decode(result.latents) for result in pipe(requests)]))
     np.testing.assert_allclose(*pictures, atol=IMAGE_MAX, rtol=0)
+
+
+def test_the_same_graph_gives_the_same_parts(bundle, tmp_path):
+    component = bundle.component("unet")
+    shutil.copy(bundle.path / "unet.onnx", tmp_path)
+    shutil.copy(bundle.path / "unet.onnx.data", tmp_path)
+    hoist(tmp_path / "unet.onnx", GRAPHS["unet"].invariant, component.inputs, component.outputs)
+    for name in PARTS:
+        assert (tmp_path / f"{name}.onnx").read_bytes() == (bundle.path / f"{name}.onnx").read_bytes()

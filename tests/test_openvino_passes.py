@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import engines
 from engines.bundle import Bundle
-from engines.openvino_passes import own_attention, own_group_norm
+from engines.openvino_passes import halve_gates, narrow, own_attention, own_group_norm
 from engines.spec import EngineError
 from kernels import native
 from tests.tolerances import ENGINE_REL_RMS
@@ -57,7 +58,7 @@ def test_ours_replaces_an_attention_that_it_can_compute(dtype: str, options: dic
         pytest.skip(f"this CPU does not compute in {dtype}")
     model = graph(**options)
     expected = outputs(model, "f32")
-    assert own_attention(ov, model, module._own_op("Attention"), bf16=dtype == "bf16") == 1
+    assert own_attention(ov, model, module._own_op("Attention")) == 1
     kinds = [op.get_type_name() for op in model.get_ordered_ops()]
     assert "Attention" in kinds and "ScaledDotProductAttention" not in kinds
     assert options.get("two_users") or "Transpose" not in kinds
@@ -69,7 +70,7 @@ def test_ours_replaces_an_attention_that_it_can_compute(dtype: str, options: dic
 @pytest.mark.parametrize("options", [{"head_dim": 12}, {"dense_mask": True}, {"mask": 1.0}], ids=str)
 def test_an_attention_that_ours_cannot_compute_stays(options: dict) -> None:
     model = graph(**options)
-    assert own_attention(ov, model, module._own_op("Attention"), bf16=False) == 0
+    assert own_attention(ov, model, module._own_op("Attention")) == 0
     assert [op.get_type_name() for op in model.get_ordered_ops()].count("ScaledDotProductAttention") == 1
 
 
@@ -95,13 +96,90 @@ def test_ours_replaces_a_group_norm(dtype: str, shape: tuple[int, ...], options:
         pytest.skip(f"this CPU does not compute in {dtype}")
     model = norm_graph(shape, **options)
     expected = outputs(model, "f32")
-    assert own_group_norm(ov, model, module._own_op("GroupNormSilu"), bf16=dtype == "bf16") == 1
+    assert own_group_norm(ov, model, module._own_op("GroupNormSilu")) == 1
     kinds = [op.get_type_name() for op in model.get_ordered_ops()]
     fused = options in ({}, {"silu": "swish"})
     assert "GroupNormSilu" in kinds and "GroupNormalization" not in kinds
     assert fused == (not {"Sigmoid", "Swish"} & {*kinds} and options.get("silu") != "none")
     for got, wanted in zip(outputs(model, module.PRECISION[dtype]), expected, strict=True):
         assert np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)) < ENGINE_REL_RMS[dtype]
+
+
+def gate_graph(axis: int = 2, *, bias: bool = True, shared: bool = False) -> Any:
+    """a · gelu(b) for the halves a and b of x · weight + bias, [2, 5, 8] each."""
+    opset, rng = ov.opset13, np.random.default_rng(1)
+    x = opset.parameter([2, 6, 12], name="x")
+    x.output(0).get_tensor().set_names({"x"})
+    weight, shift = (opset.constant(rng.standard_normal(shape).astype(np.float32)) for shape in ((16, 12), (16,)))
+    y = opset.matmul(x, weight, False, True)
+    y = opset.add(y, shift) if bias else y
+    halves = opset.split(y, opset.constant(np.int64(axis)), 2)
+    out = opset.multiply(halves.output(0), opset.gelu(halves.output(1), "erf"))
+    return ov.Model([opset.result(out), *([opset.result(opset.relu(y))] if shared else [])], [x], "graph")
+
+
+@pytest.mark.parametrize("axis", [2, -1])
+def test_a_gate_has_a_product_of_its_own(axis: int) -> None:
+    model = gate_graph(axis)
+    expected = outputs(model, "f32")
+    assert halve_gates(ov, model) == 1
+    halves = [op for op in model.get_ordered_ops() if op.get_type_name() == "MatMul"]
+    assert [list(op.get_output_shape(0)) for op in halves] == [[2, 6, 8]] * 2
+    np.testing.assert_allclose(outputs(model, "f32")[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"axis": 1}, {"bias": False}, {"shared": True}], ids=str)
+def test_a_split_of_something_else_stays(options: dict) -> None:
+    model = gate_graph(**options)
+    assert halve_gates(ov, model) == 0
+    assert [op.get_type_name() for op in model.get_ordered_ops()].count("MatMul") == 1
+
+
+def constant(values: np.ndarray, kind: str) -> Any:
+    if kind != "bf16":
+        return ov.opset13.constant(values.astype({"f32": np.float32, "f16": np.float16}[kind]))
+    tensor = ov.Tensor(ov.Type.bf16, ov.Shape(list(values.shape)))
+    tensor.data.view(np.uint16)[...] = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return ov.op.Constant(tensor)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+def test_weights_are_rounded_to_the_nearest(kind: str) -> None:
+    """As ml_dtypes rounds, ties to even; the largest float32 stays finite, and what was not finite stays that."""
+    random = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    values = np.concatenate([random, [0.0, -0.0, 1.00390625, 1.01171875, np.inf, -np.inf, np.nan]]).astype(np.float32)
+    x = ov.opset13.parameter([len(values)], name="x")
+    weights = constant(values, kind)
+    wide = weights if kind == "f32" else ov.opset13.convert(weights, "f32")
+    model = ov.Model([ov.opset13.result(ov.opset13.add(x, wide))], [x], "graph")
+    narrow(ov, model)
+    found = next(op for op in model.get_ordered_ops() if op.get_type_name() == "Constant")
+    stored = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[kind]
+    expected = values.astype(stored).astype(ml_dtypes.bfloat16)
+    got = found.get_data().view(np.uint16).view(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
+
+
+def test_the_largest_weight_stays_finite() -> None:
+    x = ov.opset13.parameter([2], name="x")
+    largest = np.finfo(np.float32).max
+    model = ov.Model([ov.opset13.result(ov.opset13.add(x, constant(np.array([largest, -largest]), "f32")))], [x], "g")
+    narrow(ov, model)
+    found = next(op for op in model.get_ordered_ops() if op.get_type_name() == "Constant")
+    bits = found.get_data().view(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
+    assert np.isfinite(bits).all() and bits[0] == -bits[1] > 3.3e38
+
+
+@needs_extension
+def test_a_narrow_graph_is_float32_outside() -> None:
+    model = norm_graph()
+    own_group_norm(ov, model, module._own_op("GroupNormSilu"))
+    narrow(ov, model)
+    types = {op.get_type_name(): op.get_output_element_type(0).to_string() for op in model.get_ordered_ops()}
+    assert types["Parameter"] == types["Result"] == "f32" and types["GroupNormSilu"] == "bf16"
+    norm = next(op for op in model.get_ordered_ops() if op.get_type_name() == "GroupNormSilu")
+    assert [value.get_element_type().to_string() for value in norm.input_values()] == ["bf16", "f32", "f32"]
+    assert model.input(0).get_names() == {"x"}
 
 
 @needs_extension
