@@ -18,6 +18,9 @@ from kernels.artefact import Artefact, KernelError, arch_for
 from kernels.launch import Kernel, cuda_core
 from runtime.graphs import Graphs
 
+SMALLEST_BLOCK, SLAB_BLOCKS, SLAB_BYTES = 256, 32, 8 << 20
+"""Blocks of page-locked memory are powers of two from 256 bytes; so many are allocated together, or fewer of 8 MiB."""
+
 
 class Device(Protocol):
     """What the loop asks of the place where engines run. Work runs in the order in which it is enqueued.
@@ -167,20 +170,19 @@ class Cuda:
     def upload(self, target: Array, source: np.ndarray) -> None:
         source = np.ascontiguousarray(np.broadcast_to(source, target.shape), target.dtype)
         block = self._staging_block(source.nbytes)
-        block.bytes[:] = source.reshape(-1).view(np.uint8)
-        self._part(target).copy_from(block.buffer, stream=self.stream)
-        block.copied = self.stream.record()
-        self._staging[source.nbytes].append(block)
+        block.bytes[:source.nbytes] = source.reshape(-1).view(np.uint8)
+        self._part(target).copy_from(self._part(block, source.nbytes), stream=self.stream)
+        self._give_back(block)
 
     def download(self, source: Array) -> Callable[[], np.ndarray]:
         block = self._staging_block(source.nbytes)
-        self._part(source).copy_to(block.buffer, stream=self.stream)
-        block.copied = self.stream.record()
+        self._part(source).copy_to(self._part(block, source.nbytes), stream=self.stream)
+        done = self.stream.record()
 
         def wait() -> np.ndarray:
-            block.copied.sync()
-            copy = block.bytes.copy().view(source.dtype).reshape(source.shape)
-            self._staging[source.nbytes].append(block)
+            done.sync()
+            copy = block.bytes[:source.nbytes].copy().view(source.dtype).reshape(source.shape)
+            self._give_back(block)
             return copy
 
         return wait
@@ -207,24 +209,42 @@ class Cuda:
     def forget(self) -> None:
         self._graphs.clear()
 
-    def _part(self, array: Array) -> Any:
-        return self._core.Buffer.from_handle(array.address, array.nbytes, owner=array.buffer)
+    def _part(self, memory: Array | _Pinned, size: int | None = None) -> Any:
+        """The first `size` bytes, or all, as cuda.core copies them."""
+        return self._core.Buffer.from_handle(memory.address, size or memory.nbytes, owner=memory.buffer)
 
     def _staging_block(self, size: int) -> _Pinned:
-        """Page-locked memory that no copy is using. What copies still use is left alone, so nothing waits."""
+        """Page-locked memory that no copy is using. What copies still use is left alone, so nothing waits.
+
+        Small blocks come many at a time: to allocate them may wait for the GPU, and should not happen between steps.
+        """
+        size = max(SMALLEST_BLOCK, 1 << (size - 1).bit_length())
         blocks = self._staging.setdefault(size, deque())
-        if blocks and blocks[0].copied.is_done:
-            return blocks.popleft()
-        return _Pinned(self._pinned.allocate(size, stream=self.stream), size)
+        if not blocks or not blocks[0].free:
+            count = max(1, min(SLAB_BLOCKS, SLAB_BYTES // size))
+            slab = self._pinned.allocate(count * size, stream=self.stream)
+            blocks.extendleft(_Pinned(slab, int(slab.handle) + i * size, size) for i in range(count))
+        return blocks.popleft()
+
+    def _give_back(self, block: _Pinned) -> None:
+        """For use after the copies that are enqueued by now."""
+        block.copied = self.stream.record()
+        self._staging[block.nbytes].append(block)
 
 
 class _Pinned:
-    """Page-locked memory as bytes, and the event after its last copy."""
+    """A block of page-locked memory as bytes, and the event after its last copy."""
 
-    def __init__(self, buffer: Any, size: int) -> None:
+    def __init__(self, buffer: Any, address: int, nbytes: int) -> None:
         self.buffer = buffer
-        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(buffer.handle)))
+        self.address = address
+        self.nbytes = nbytes
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
         self.copied: Any = None
+
+    @property
+    def free(self) -> bool:
+        return self.copied is None or self.copied.is_done
 
 
 def _launch(launch: Callable[[Any], None], arrays: Mapping[str, Array], stream: Any) -> None:

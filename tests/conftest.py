@@ -71,3 +71,9 @@ def bundles(checkpoints: Lazy, tmp_path_factory: pytest.TempPathFactory) -> Lazy
         return export(checkpoints[name], tmp_path_factory.mktemp("bundles") / name, progress=False).path
 
     return Lazy(make)
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For XDG_CACHE_HOME: kernels that several tests build are compiled once."""
+    return tmp_path_factory.mktemp("kernel-cache")

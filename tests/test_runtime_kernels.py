@@ -33,9 +33,9 @@ def test_a_gpu_that_no_kernel_is_for_is_refused(bundle: Bundle) -> None:
 
 
 def test_they_are_built_once_and_again_where_one_is_damaged(bundle: Bundle, monkeypatch: pytest.MonkeyPatch,
-                                                            tmp_path: Path) -> None:
+                                                            kernel_cache: Path) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kernel_cache))
     directory = runtime_kernels(bundle, "sm_75")
     assert directory.parent == bundle.path / "engines"
     assert {a.arch for a in artefacts(directory)} == {"sm_75"} and set(NEEDED) <= {a.name for a in artefacts(directory)}
