@@ -95,12 +95,19 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
+def _named(options: argparse.Namespace, bundle: Bundle) -> list[Path]:
+    """The engines whose names begin as asked for; all where nothing was."""
+    known = list(store.engine_directories(bundle))
+    found = [path for path in known if path.name.startswith(options.engine or "")]
+    if options.engine and not found:
+        raise EngineError(f"--engine: got {options.engine!r}, expected how one of these begins: "
+                          + (", ".join(path.name for path in known) or "none yet"))
+    return found
+
+
 def _inspect(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
-    paths = [path for path in store.engine_directories(bundle) if path.name.startswith(options.engine or "")]
-    if options.engine and not paths:
-        known = ", ".join(path.name for path in store.engine_directories(bundle))
-        raise EngineError(f"--engine: got {options.engine!r}, expected how one of these begins: {known or 'none yet'}")
+    paths = _named(options, bundle)
     if options.engine or options.layers or options.profile:
         found = [look_inside(bundle, path, options.profile) for path in paths]
         texts = (engine_text(one, options.layers, options.top) for one in found)
@@ -118,7 +125,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
-    paths = [path for path in store.engine_directories(bundle) if options.backend in (None, backend_of(path))]
+    paths = [path for path in _named(options, bundle) if options.backend in (None, backend_of(path))]
     found = [_verify_files(bundle), *(_verify_engine(bundle, path) for path in paths)]
     trajectories = _trajectories(options, bundle, paths, found) if options.trajectory else []
     if options.json:
@@ -162,14 +169,18 @@ def _verify_engine(bundle: Bundle, path: Path) -> dict[str, Any]:
 
 
 def _check_table(found: list[dict[str, Any]]) -> str:
+    """A line an engine, with the figures of its worst output."""
     lines = []
     for one in found:
-        for name, output in list(one["outputs"].items()) or [("", None)]:
-            figures = [""] * 6 if output is None else [
-                _number(output["rel_rms"], ".1e"), _number(output["max_abs"], ".1e"),
-                _number(output["mean_abs"], ".1e"), _number(output["psnr"], ".1f"), _number(output["cosine"], ".6f"),
-                f"{output['nan']}/{output['inf']}"]
-            lines.append([one["name"], one.get("shape", ""), name, *figures, one["error"] or one["result"]])
+        figures = [""] * 7
+        if outputs := one["outputs"]:
+            name = max(outputs, key=lambda n: (outputs[n]["nan"] + outputs[n]["inf"], outputs[n]["rel_rms"] or 0))
+            worst = outputs[name]
+            figures = [name + (f" (worst of {len(outputs)})" if len(outputs) > 1 else ""),
+                       _number(worst["rel_rms"], ".1e"), _number(worst["max_abs"], ".1e"),
+                       _number(worst["mean_abs"], ".1e"), _number(worst["psnr"], ".1f"),
+                       _number(worst["cosine"], ".6f"), f"{worst['nan']}/{worst['inf']}"]
+        lines.append([one["name"], one.get("shape", ""), *figures, one["error"] or one["result"]])
     return show.table(["what", "rows and pixels", "output", "rel. RMS", "max", "mean", "PSNR dB", "cosine", "NaN/Inf",
                        "result"], lines)
 
@@ -267,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
                   "hash every file of a bundle and compare every engine again; exit status 1 if any fails")
     sub.add_argument("bundle", help="bundle directory")
     sub.add_argument("--backend", choices=list(engines.BACKENDS), help="only engines of this backend")
+    sub.add_argument("--engine", metavar="NAME", help="only engines whose names begin so")
     sub.add_argument("--trajectory", action="store_true",
                      help="also denoise from the same latents with every engine of the UNet and with the reference")
     sub.add_argument("--steps", type=positive, default=trajectory.STEPS, metavar="N", help="default %(default)s")

@@ -15,6 +15,8 @@ from engines.spec import EngineError, TensorSpec
 
 CALLS = 5
 """Profiled calls of an engine, after a first."""
+LONGEST = 200
+"""Characters of a recorded list that are shown."""
 
 
 def describe(bundle: Bundle, path: Path) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def describe(bundle: Bundle, path: Path) -> dict[str, Any]:
             "dtype": record.config.dtype, "state": _state(bundle, record), "figures": figures,
             "build_seconds": record.build_seconds, "date": record.date, "config": record.config.to_json(),
             "check": check and asdict(check), "timing": timing and asdict(timing),
-            "versions": dict(record.key.get("versions", {})), "details": _details(path, record)}
+            "versions": dict(record.key.get("versions", {}))}
 
 
 def read(bundle: Bundle, path: Path) -> store.Record:
@@ -81,11 +83,11 @@ def bundle_text(bundle: Bundle) -> str:
 
 
 def look_inside(bundle: Bundle, path: Path, profile: bool) -> dict[str, Any]:
-    """`describe`, and what opening and running the engine shows: time of a call, memory, and its layers.
+    """`describe`, what the backend recorded, and what opening and running the engine shows.
 
-    Adds "now" (seconds of a call), "resident_bytes" (what opening and running it added to this process), "layers" (of
-    `engines.layers.Layer`, None where the backend does not tell) and "kernels" (the same, counted by kernel), or "why"
-    not. profile: with the time of each layer. Raises EngineError for a damaged engine.
+    Adds "details" (of the backend), "now" (seconds of a call), "resident_bytes" (what opening and running it added to
+    this process), "layers" (of `engines.layers.Layer`) and "kernels" (the same, counted by kernel), and "why" it was
+    not opened or has none of these. profile: with the time of each layer. Raises EngineError for a damaged engine.
     """
     found = describe(bundle, path)
     if found["state"] != "ok":
@@ -93,6 +95,9 @@ def look_inside(bundle: Bundle, path: Path, profile: bool) -> dict[str, Any]:
     record = read(bundle, path)
     store.verify_files(bundle, path, record)
     config, module = record.config, engines.backend(record.config.backend)
+    if recorded := getattr(module, "details", None):
+        details = dict(recorded(path))
+        found |= {"details": details, **_with_kernels(layers.recorded(details.pop("engine_layers", None) or []))}
     if missing := module.runnable(config):
         return {**found, "why": missing}
     component = bundle.component(record.component)
@@ -103,19 +108,22 @@ def look_inside(bundle: Bundle, path: Path, profile: bool) -> dict[str, Any]:
     timing = verify.run_timed(engine, feed)[1]
     found |= {"now": timing.seconds, "resident_bytes": max(resident_memory() - before, 0), "why": None}
     del engine
-    tells = getattr(module, "layers", None)
-    if tells is None:
-        return {**found, "layers": None, "kernels": None, "why": f"{config.backend} does not tell of its layers"}
-    inside = tells(onnx, component, config, path, feed, CALLS if profile else 0)
-    return {**found, "layers": [asdict(layer) for layer in inside], "kernels": layers.by_kernel(inside)}
+    if tells := getattr(module, "layers", None):
+        found |= _with_kernels(tells(onnx, component, config, path, feed, CALLS if profile else 0))
+    elif not found.get("layers"):
+        found["why"] = f"{config.backend} does not tell of its layers"
+    return found
+
+
+def _with_kernels(inside: list[layers.Layer]) -> dict[str, Any]:
+    return {"layers": [asdict(layer) for layer in inside], "kernels": layers.by_kernel(inside)}
 
 
 def engine_text(found: dict[str, Any], every_layer: bool, top: int) -> str:
     """What `look_inside` found, for people."""
     lines = [f"{found['name']}: {found['shape']}, {found['dtype']}, {found['state']}"]
-    for name in ("versions", "details"):
-        lines += [f"  {name[:-1] if name == 'details' else 'version'} {key}: {_plain(value)}"
-                  for key, value in (found.get(name) or {}).items()]
+    lines += [f"  version {name}: {value}" for name, value in found.get("versions", {}).items()]
+    lines += [f"  {name}: {_brief(value)}" for name, value in found.get("details", {}).items()]
     if found.get("date"):
         lines.append(f"  built {found['date']} in {_duration(found['build_seconds'])}; {show.size(found['bytes'])} on "
                      f"disk; {found['figures']}")
@@ -144,17 +152,9 @@ def engine_text(found: dict[str, Any], every_layer: bool, top: int) -> str:
 
 
 def _time(seconds: float | None, whole: float | None) -> list[str]:
-    if seconds is None or whole is None:
+    if whole is None:
         return []
-    return [show.duration(seconds), f"{100 * seconds / whole if whole else 0:.1f} %"]
-
-
-def _details(path: Path, record: store.Record) -> dict[str, Any]:
-    try:
-        details = getattr(engines.backend(record.config.backend), "details", None)
-        return details(path) if details else {}
-    except (EngineError, OSError, ValueError) as e:
-        return {"error": str(e)}
+    return ["", ""] if seconds is None else [show.duration(seconds), f"{100 * seconds / (whole or 1):.1f} %"]
 
 
 def _state(bundle: Bundle, record: store.Record) -> str:
@@ -175,6 +175,11 @@ def _bytes(bundle: Bundle, files: Any) -> int:
 
 def _duration(seconds: float | None) -> str:
     return "" if seconds is None else show.duration(seconds)
+
+
+def _brief(value: Any) -> str:
+    text = _plain(value)
+    return text if len(text) <= LONGEST or not isinstance(value, list | dict) else f"{len(value)} entries (see --json)"
 
 
 def _plain(value: Any) -> str:

@@ -2,12 +2,13 @@
 
 A backend that can tell has `layers(onnx, component, config, directory, feed, calls)`: it opens the engine, runs it
 `calls` times on `feed` (name → array) after a first, and returns its layers in the order they run. Times need counters
-that cost time themselves, so their sum is more than a call takes.
+that cost time themselves, so their sum is more than a call takes. Or its `details` have "engine_layers", recorded when
+it was built (`recorded`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,12 @@ class Layer:
     kernel: str
     precision: str
     seconds: float | None = None
+
+
+def recorded(rows: Iterable[Mapping[str, Any]]) -> list[Layer]:
+    """Layers of rows {name, kind, kernel, milliseconds}; all but the name may be None."""
+    return [Layer(row["name"] or "", row["kind"] or "", str(row["kernel"] or ""), "",
+                  None if row["milliseconds"] is None else row["milliseconds"] / 1000) for row in rows]
 
 
 def by_kernel(layers: Iterable[Layer]) -> list[dict[str, Any]]:
@@ -40,5 +47,6 @@ def slowest(layers: Iterable[Layer], count: int) -> list[Layer]:
 
 
 def total(layers: Sequence[Layer]) -> float | None:
-    """Seconds of all together, None where they were not measured."""
-    return None if any(layer.seconds is None for layer in layers) else sum(layer.seconds or 0 for layer in layers)
+    """Seconds of all that were measured, None where none was."""
+    measured = [layer.seconds for layer in layers if layer.seconds is not None]
+    return sum(measured) if measured else None

@@ -115,12 +115,12 @@ def _of_one_size(bundle: Bundle, found: Mapping[Path, store.Record], plan: Sched
 
     with verify.open_reference(bundle.path / whole.file, whole, own) as engine:
         runs[None] = denoised(engine, "reference", text, time)
+    del engine  # one at a time: each has a copy of the weights
     for path, record in found.items():
-        component = bundle.component(record.component)
-        engine = engines.backend(record.config.backend).load(bundle.path / component.file, component, record.config,
-                                                             path)
-        runs[path] = denoised(engine, path.name, *(
-            _from_parts(bundle, record.config, text, time) if record.component == BODY else (text, time)))
+        component, module = bundle.component(record.component), engines.backend(record.config.backend)
+        given = _from_parts(bundle, record.config, text, time) if record.component == BODY else (text, time)
+        runs[path] = denoised(module.load(bundle.path / component.file, component, record.config, path), path.name,
+                              *given)
     bar.set_description("decode")
     pictures = _decode(bundle, height, width, {path: latents[-1] for path, latents in runs.items()})
     truth = runs[None]
@@ -185,11 +185,15 @@ def ddim(x: np.ndarray, m: np.ndarray, signal: float, following: float, predicti
 def predictor(engine: Engine, text: Arrays, time: Arrays) -> Predict:
     """A UNet engine of any static batch as a function of latents and step.
 
-    text: its inputs that stay, two rows each. time: those that depend on the timestep, one row a step.
+    text: its inputs that stay, two rows each. time: those that depend on the timestep, one row a step. Channels of the
+    sample after the latent ones (a mask, say) are zero.
     """
+    channels = int(engine.inputs["sample"].shape[1])
+
     def predict(latents: np.ndarray, step: int) -> np.ndarray:
-        given = {**text, **{name: value[[step, step]] for name, value in time.items()},
-                 "sample": np.concatenate([latents, latents])}
+        sample = np.zeros((2, channels, *latents.shape[2:]), np.float32)
+        sample[:, :latents.shape[1]] = latents
+        given = {**text, **{name: value[[step, step]] for name, value in time.items()}, "sample": sample}
         prediction, = in_rows(engine, {name: given[name] for name in engine.inputs}).values()
         return prediction
 

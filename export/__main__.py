@@ -61,11 +61,13 @@ def _run(options: argparse.Namespace) -> Bundle:
     if build != "none":  # before the long part: a missing backend, or a GPU it has no code for, shows at once
         from engines.choice import choose
 
-        engine, computes, device, _ = choose(build, options.dtype, device=options.gpu or "auto",
-                                             build=options.gpu is not None)
+        engine, computes, device, why = choose(build, options.dtype, device=options.gpu or "auto",
+                                               build=options.gpu is not None)
         if device != "cpu":
             computes = "auto"  # as each graph is: XL's VAE is bf16 in an fp16 bundle
             engines.backend(engine).versions(EngineConfig(engine, dtype, device=device))
+        if build == "auto" and not options.quiet:
+            print(f"auto: {engine} {computes} on {device}: {why}", file=sys.stderr)
     bundle = export(options.checkpoint, options.output, force=options.force, progress=not options.quiet, dtype=dtype,
                     config=options.config, tokenizer=options.tokenizer)
     if build != "none":

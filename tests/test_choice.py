@@ -156,8 +156,11 @@ def test_nothing_that_can_be_used_says_why(monkeypatch):
         choose(device="cpu")
 
 
-@pytest.mark.parametrize(("words", "message"), [(("auto", "fp8"), "dtype: got 'fp8', expected auto or one of fp32"),
-                                                (("tensorflow",), "backend: got 'tensorflow', expected one of")])
+@pytest.mark.parametrize(("words", "message"), [
+    (("auto", "fp8"), "dtype: got 'fp8', expected auto or one of fp32"),
+    (("tensorflow",), "backend: got 'tensorflow', expected one of"),
+    (("openvino", "auto", "sm_89"), "backend openvino: got device sm_89, expected one of cpu"),
+])
 def test_unknown_names_are_refused(words, message):
     with pytest.raises(EngineError, match=message):
         choose(*words)
@@ -171,6 +174,7 @@ def test_building_for_a_gpu_that_is_elsewhere():
         choose(device="sm_89")
 
 
+@without_gpu
 def test_the_command_line_says_what_auto_is(bundle, capsys):
     set_times(bundle, preferred=0.2, fp32=0.3 if PREFERRED != "fp32" else 0.2, other=0.1)
     assert cli.main(["list", str(bundle.path)]) == 0

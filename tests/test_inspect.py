@@ -122,11 +122,28 @@ def test_engines_that_cannot_be_opened_say_why(bundle, capsys, monkeypatch, tmp_
 
 
 def test_what_a_backend_recorded_is_shown(bundle, capsys, monkeypatch):
-    monkeypatch.setattr(engines.backend("onnxruntime"), "details", lambda directory: {"plan": directory.name},
-                        raising=False)
-    engine = next(e for e in look(capsys, bundle)["engines"] if e["backend"] == "onnxruntime")
-    assert engine["details"] == {"plan": engine["name"]}
-    assert f"detail plan: {engine['name']}" in run(capsys, "inspect", bundle.path, "--engine", engine["name"])[1]
+    rows = [{"name": "conv", "kind": "CaskConv", "kernel": "sm90_xmma", "milliseconds": 0.5},
+            {"name": "attention", "kind": None, "kernel": None, "milliseconds": 1.5},
+            {"name": "cast", "kind": "Cast", "kernel": 17, "milliseconds": None}]
+    module = engines.backend("onnxruntime")
+    monkeypatch.setattr(module, "details", lambda directory: {"plan": directory.name, "warnings": ["slow"] * 99,
+                                                              "engine_layers": rows}, raising=False)
+    monkeypatch.delattr(module, "layers")
+    engine, = look(capsys, bundle, "--engine", "unet-onnxruntime")
+    assert engine["details"] == {"plan": engine["name"], "warnings": ["slow"] * 99}
+    assert [layer["seconds"] for layer in engine["layers"]] == [0.0005, 0.0015, None] and not engine["why"]
+    out = run(capsys, "inspect", bundle.path, "--engine", engine["name"])[1]
+    assert f"plan: {engine['name']}" in out and "warnings: 99 entries (see --json)" in out
+    slowest = out.split("\n\n")[2].splitlines()
+    assert slowest[2].split() == ["1.5", "ms", "75.0", "%", "attention"]
+    assert slowest[-1].split() == ["Cast", "17", "cast"]
+
+
+def test_a_backend_that_tells_nothing_says_so(bundle, capsys, monkeypatch):
+    monkeypatch.delattr(engines.backend("onnxruntime"), "layers")
+    engine, = look(capsys, bundle, "--engine", "unet-onnxruntime")
+    assert engine["now"] > 0 and engine["why"] == "onnxruntime does not tell of its layers"
+    assert "onnxruntime does not tell" in run(capsys, "inspect", bundle.path, "--engine", engine["name"])[1]
 
 
 def test_layers_are_counted_by_kernel():
@@ -137,4 +154,5 @@ def test_layers_are_counted_by_kernel():
                                                                        ("amx", 2, pytest.approx(0.3))]
     assert [layer.name for layer in layers.slowest(found, 2)] == ["b", "c"]
     assert layers.total(found) == pytest.approx(0.8)
-    assert layers.total([*found, Layer("d", "Conv", "amx", "bf16")]) is None
+    assert layers.total([*found, Layer("d", "Conv", "amx", "bf16")]) == pytest.approx(0.8)
+    assert layers.total([Layer("d", "Conv", "amx", "bf16")]) is None

@@ -13,7 +13,7 @@ import engines
 from engines import __main__ as cli
 from engines import store, trajectory, verify
 from engines.bundle import Bundle
-from engines.spec import EngineError
+from engines.spec import EngineError, TensorSpec
 from engines.verify import difference
 from runtime.schedulers import make_table
 from runtime.step import advance, guide, initial_state
@@ -123,6 +123,25 @@ def test_an_engine_of_any_batch_predicts_the_same(bundle, batch):
                   for n in (2, batch))
     assert two.shape == other.shape == (2, 4, 8, 8) and not np.allclose(two[0], two[1])
     np.testing.assert_allclose(other, two, rtol=1e-4, atol=1e-5)
+
+
+class Sum:
+    """An engine of five sample channels whose prediction is the sum over each of four and the fifth."""
+
+    def __init__(self):
+        self.inputs = {"sample": TensorSpec("sample", "float32", (1, 5, 2, 2))}
+        self.outputs = {"noise_pred": TensorSpec("noise_pred", "float32", (1, 4, 2, 2))}
+
+    def bind(self, buffers):
+        self.buffers = buffers
+
+    def enqueue(self, stream=None):
+        self.buffers["noise_pred"][:] = self.buffers["sample"][:, :4] + self.buffers["sample"][:, 4:]
+
+
+def test_channels_after_the_latent_ones_are_zero():
+    latents = np.arange(16, dtype=np.float32).reshape(1, 4, 2, 2)
+    np.testing.assert_array_equal(trajectory.predictor(Sum(), {}, {})(latents, 0), np.concatenate([latents, latents]))
 
 
 def broken(bundle, change):
