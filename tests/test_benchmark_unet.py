@@ -73,7 +73,7 @@ def test_unet_steps(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     check_figures(results, report["limits"], on_cpu.REFERENCE)
     for name, result in results.items():
         assert result["steps_per_second"] == pytest.approx(1 / result["median"])
-        assert result["images_per_second"] == pytest.approx(2 / result["median"])
+        assert result["image_steps_per_second"] == pytest.approx(2 / result["median"])
         assert result["rel_rms"] <= RMS[name[-4:]]
     assert all(results[name]["rel_rms"] > 0 for name in names if name != on_cpu.REFERENCE)
     if BF16:
@@ -246,7 +246,7 @@ def test_on_a_gpu_everyone_computes_in_the_precision_of_the_bundle(monkeypatch: 
 
 
 def test_a_table_of_a_gpu_is_in_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
-    result = {"median": 0.005, "p20": 0.004, "p80": 0.006, "steps_per_second": 200.0, "images_per_second": 400.0,
+    result = {"median": 0.005, "p20": 0.004, "p80": 0.006, "steps_per_second": 200.0, "image_steps_per_second": 400.0,
               "speed": 20.0, "share_of_floor": 0.4, "rel_rms": 1e-3, "build_seconds": None, "load_seconds": 3.0,
               "peak_bytes": 2e9, "gpu_bytes": 3e9, "left_out": None}
     rows = components.waterfall({"latentrt-inductor-fp16": result}, unet.gpu_waterfall("fp16"))
