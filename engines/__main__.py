@@ -85,8 +85,7 @@ def _inspect(options: argparse.Namespace) -> int:
     for extra in manifest.extra_channels:
         print(f"extra denoiser channels: {extra.channels} of {extra.meaning}")
     for text in manifest.text:
-        given = text.hidden_layer + (f" and {text.pooled}" if text.pooled else "")
-        print(f"text: {text.component} gives {given}, {text.max_length} tokens by {text.tokenizer}")
+        print(f"text: {text.component} gives {text.hidden_layer}, {text.max_length} tokens by {text.tokenizer}")
     print()
     _table(["component", "dtype", "inputs → outputs", "sites", "size", "error against its reference"],
            [[name, c.dtype, f"{_shapes(c.inputs)} → {_shapes(c.outputs)}",
