@@ -43,7 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def here(contenders: dict[str, Any]) -> list[str]:
     """Those that take seconds, on this CPU: not who compiles C++."""
     return [name for name in contenders
-            if not ("compile" in name or "inductor" in name) and (BF16 or not (name.startswith("latentrt") and name.endswith("bf16")))]
+            if not ("compile" in name or "inductor" in name)
+            and (BF16 or not (name.startswith("latentrt") and name.endswith("bf16")))]
 
 
 def measured(model: list[str], command: str, tmp_path: Path, *arguments: str, size: str = "64x64") -> dict[str, Any]:
