@@ -45,9 +45,9 @@ def run(args: argparse.Namespace, component: str, what: str, techniques: Sequenc
     with turns.opened(args, component) as job:
         bundle = Bundle.open(job.bundle)
         report: dict[str, Any] = {
-            "machine": machine,
-            "model": bundle.manifest.family, "component": component, "graph": bundle.component(component).dtype,
-            "device": job.device, "size": f"{job.height}x{job.width}", "batch": job.batch, "rows": rows(job)}
+            "machine": machine, "model": bundle.manifest.family, "component": component,
+            "graph": bundle.component(component).dtype, "device": job.device,
+            "size": f"{job.height}x{job.width}", "batch": job.batch, "rows": rows(job)}
         narrow = report["graph"] if report["graph"] in limits.NARROW else args.dtype or "fp16"
         chosen = turns.chosen(args, contenders, REFERENCE, report["graph"], narrow if job.device == "cuda" else None)
         status = turns.compare(chosen, Contender(_limits), job, args, report,
@@ -58,17 +58,18 @@ def run(args: argparse.Namespace, component: str, what: str, techniques: Sequenc
 
 
 def figures(found: Mapping[str, Measured], job: Job, techniques: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Results by contender (calls and pictures a second, share of the floor, speed and error against REFERENCE), and
-    the waterfall. A UNet's `images_per_second` is of one step: with 20 steps to a picture it is twenty times less.
-    """
+    """Results by contender (rates, share of the floor, speed and error against REFERENCE), and the waterfall."""
     floors = turns.limits_of(found).get("floor_seconds", {})
     reference = found[REFERENCE]
     results = {name: own.figures() for name, own in found.items() if name != turns.LIMITS}
     for name, result in results.items():
         if "median" in result:
             median = result["median"]
-            result |= {"steps_per_second": 1 / median, "images_per_second": job.batch / median,
-                       "share_of_floor": floors[name[-4:]] / median}
+            result |= {"share_of_floor": floors[name[-4:]] / median}
+            if job.component == "unet":
+                result |= {"steps_per_second": 1 / median, "image_steps_per_second": job.batch / median}
+            else:
+                result |= {"images_per_second": job.batch / median}
             if reference.seconds:
                 result |= {"speed": results[REFERENCE]["median"] / median,
                            "rel_rms": relative_rms(found[name].results[0], reference.results[0])}
@@ -105,10 +106,9 @@ def show(report: Mapping[str, Any]) -> None:
 def _row(name: str, r: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
     on_device = report["device"] == "cuda"
     scale, unit = (1e3, "ms") if on_device else (1, "s")
-    rate = {"step/s": f"{r['steps_per_second']:.4g}"} if report["component"] == "unet" else {}
+    rates = {"step/s": "steps_per_second", "image-step/s": "image_steps_per_second", "image/s": "images_per_second"}
     return {"contender": name, unit: f"{r['median'] * scale:.3f}", "p20": f"{r['p20'] * scale:.3f}",
-            "p80": f"{r['p80'] * scale:.3f}", **rate,
-            ("image-step/s" if rate else "image/s"): f"{r['images_per_second']:.4g}",
+            "p80": f"{r['p80'] * scale:.3f}", **{head: f"{r[key]:.4g}" for head, key in rates.items() if key in r},
             "speed": number(r.get("speed"), ".2f", " x"), "of floor": f"{100 * r['share_of_floor']:.0f} %",
             "error": number(r.get("rel_rms"), ".1e"), "first s": number(r["build_seconds"], ".1f"),
             "start s": number(r["load_seconds"], ".1f"), "GB": f"{r['peak_bytes'] / 1e9:.1f}",

@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import engines
-from benchmarks import limits
+from benchmarks import components, given, limits, on_cpu, turns
+from benchmarks.__main__ import main
 from engines import Bundle, EngineError
 from engines.choice import choose
 from export import ExportError, export, trace
@@ -103,6 +104,20 @@ def test_an_engine_is_as_right_as_that_of_another_model(bundle, name):
     backend, dtype = choose("auto")
     config = bundle.config(name, backend=backend, height=64, width=96, batch=2, dtype=dtype)
     assert engines.build(bundle, name, config)
+
+
+def test_benchmarks_give_everyone_the_added_conditions(folder, bundle, tmp_path):
+    job = turns.Job(bundle.path, folder, 64, 96, 1, tmp_path)
+    assert given.inputs(job)["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
+    assert components.relative_rms(on_cpu._onnxruntime(job)(), on_cpu._diffusers("fp32", job)()) <= 1e-4
+    assert components._limits(job)()["flops"] == limits.unet_flops(folder, 2, 8, 12)
+
+
+def test_benchmarks_do_not_draw_either(folder, bundle, capsys):
+    assert main(["pipeline", str(bundle.path), str(folder)]) == 2
+    assert "got a sdxl model, expected one that the runtime draws with" in capsys.readouterr().err
+    assert main(["pipeline", "--random", "sdxl"]) == 2
+    assert "--random: got 'sdxl', expected one of sd1, sd2-base, sd2-v" in capsys.readouterr().err
 
 
 def test_the_runtime_refuses_to_draw(bundle):
