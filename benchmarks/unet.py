@@ -207,6 +207,7 @@ REFERENCE = "diffusers-fp32"
 LIMIT = Contender(_limits)
 CONTENDERS = {
     "latentrt-openvino-bf16": Contender(partial(_ours, "openvino", "bf16", {}), keeps=True),
+    "latentrt-inductor-bf16": Contender(partial(_ours, "inductor", "bf16", {}), keeps=True),
     "openvino-bf16": Contender(partial(_openvino, "bf16")),
     "diffusers-bf16": Contender(partial(_diffusers, "bf16")),
     "diffusers-compile-bf16": Contender(partial(_compiled, "bf16"), keeps=True),

@@ -80,8 +80,9 @@ class Options:
 
 def available() -> str | None:
     """None where it can be used, else what to do."""
-    missing = [name for name in ("torch", "onnx_ir") if importlib.util.find_spec(name) is None]
-    return f"backend inductor: {' and '.join(missing)} is missing; run: {PIP}" if missing else None
+    if importlib.util.find_spec("torch") is None:
+        return f"backend inductor: the package is missing; run: {PIP}"
+    return None
 
 
 def devices() -> list[str]:

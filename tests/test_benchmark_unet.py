@@ -25,6 +25,8 @@ from tests import tiny
 RMS = {"bf16": 5e-2, "fp32": 1e-4}
 BF16 = choose("openvino")[1] == "bf16"
 COMPILED = "diffusers-compile-bf16"
+COMPILERS = (COMPILED, "latentrt-inductor-bf16")
+"""Those that compile C++ for a minute or more; tests/test_inductor.py builds and runs the latter's engines."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def here(contenders: dict[str, Any]) -> list[str]:
     """Those that take seconds, on this CPU."""
     return [name for name in contenders
-            if name != COMPILED and (BF16 or not (name.startswith("latentrt") and name.endswith("bf16")))]
+            if name not in COMPILERS and (BF16 or not (name.startswith("latentrt") and name.endswith("bf16")))]
 
 
 def measured(model: list[str], command: str, tmp_path: Path, *arguments: str) -> dict[str, Any]:
