@@ -104,7 +104,7 @@ def versions(config: EngineConfig | None = None) -> dict[str, str]:
         return found
     if (number := _gpu(config)) is None:
         return {**found, **describe()}
-    return {**found, "triton": importlib.metadata.version("triton"), **dataclasses.asdict(gpus()[number])}
+    return {**found, **dataclasses.asdict(gpus()[number])}  # a version of PyTorch has one of Triton
 
 
 def runnable(config: EngineConfig) -> str | None:
@@ -124,15 +124,22 @@ def build(onnx: Path, component: Component, config: EngineConfig, directory: Pat
     if config.dtype not in here:
         raise EngineError(f"inductor: got dtype {config.dtype}, but {describe()['cpu']} computes in {', '.join(here)}; "
                           "pass --dtype fp32")
+    _check_tools(number)
+    _build(onnx, component, config, directory, options, "cpu" if number is None else f"cuda:{number}")
+    if number is not None:
+        _vendor().cuda.empty_cache()  # what the weights took
+
+
+def _build(onnx: Path, component: Component, config: EngineConfig, directory: Path, options: Options,
+           device: str) -> None:
     torch = _vendor()
-    _check_compiler()
     from engines import onnx_torch
 
     inputs = resolve(component.inputs, config)
     shapes = {name: (tuple(int(d) for d in spec.shape), spec.dtype) for name, spec in inputs.items()}
-    device = "cpu" if number is None else f"cuda:{number}"
     start = time.perf_counter()
-    with _errors(f"compile {onnx}"), torch.no_grad(), _flags(torch, config):
+    with _errors(f"compile {onnx}"), torch.no_grad(), _flags(torch, config), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of its own parts
         graph = onnx_torch.rewrite(onnx_nodes.read(onnx), options.fuse)
         if set(graph.inputs) != set(shapes):
             raise EngineError(f"graph inputs: got {sorted(graph.inputs)}, expected {sorted(shapes)} as the manifest "
@@ -141,7 +148,7 @@ def build(onnx: Path, component: Component, config: EngineConfig, directory: Pat
         program = torch.export.export(module, tuple(
             torch.zeros(shape, dtype=getattr(torch, kind), device=device)
             for shape, kind in (shapes[name] for name in graph.inputs)), strict=False)
-        log.info("%s: traced in %.1f s: %s", onnx.name, time.perf_counter() - start, ", ".join(
+        log.info("%s: traced in %.1f s, compiling: %s", onnx.name, time.perf_counter() - start, ", ".join(
             f"{count} {site} {whose}" for (site, whose), count in sorted(module.used.items())))
         _compile(program, directory, {"max_autotune": options.max_autotune})
     arrays: Mapping[str, Any] = module.constants
@@ -283,14 +290,19 @@ def _compile(program: Any, directory: Path, settings: Mapping[str, Any]) -> None
                                                  inductor_configs=configs)
 
 
-def _check_compiler() -> None:
+def _check_tools(number: int | None) -> None:
+    """Raises EngineError where the C++ compiler, or for a GPU CUDA's headers, are missing."""
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch.utils.cpp_extension import CUDA_HOME
 
     try:
         get_cpp_compiler()
     except RuntimeError as e:
         raise EngineError("inductor: got no C++ compiler, expected g++ or clang++ to build engines (not to run them); "
                           "install one (Debian and Ubuntu: apt install g++), or set CXX") from e
+    if number is not None and CUDA_HOME is None:
+        raise EngineError("inductor: got no CUDA toolkit, expected its headers and libraries to build engines (not to "
+                          "run); install it, or set CUDA_HOME")
 
 
 def _cpu_dtypes() -> tuple[str, ...]:

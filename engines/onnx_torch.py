@@ -260,7 +260,9 @@ def _gather(run: Run, node: Node) -> torch.Tensor:
 def _cast(run: Run, node: Node) -> torch.Tensor:
     """Between floating-point types the module's own rule decides; see `Run.cast`."""
     x, name = run.tensor(node.inputs[0]), onnx_nodes.dtype_name(node.attributes["to"])
-    return run.cast(x.float()) if name.startswith(("float", "bfloat")) else x.to(getattr(torch, name))
+    if name.startswith(("float", "bfloat")):
+        return run.cast(x if x.is_floating_point() else x.float())
+    return x.to(getattr(torch, name))
 
 
 def _clip(run: Run, node: Node) -> torch.Tensor:

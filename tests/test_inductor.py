@@ -81,10 +81,11 @@ def torch_module(bundle, component, dtype, kernels=frozenset(), fuse=True, devic
     return made
 
 
-@pytest.mark.parametrize("kernels", [frozenset(), frozenset(onnx_torch.KERNELS)], ids=["torch", "latentrt"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("component", COMPONENTS)
-@pytest.mark.parametrize("model", ["sd1", "sd2"])
+@pytest.mark.parametrize(("model", "kernels"), [("sd1", frozenset()), ("sd2", frozenset()),
+                                                ("sd2", frozenset(onnx_torch.KERNELS))],
+                         ids=["sd1-torch", "sd2-torch", "sd2-latentrt"])
 def test_every_graph_in_torch_equals_the_reference(bundles, model, component, dtype, kernels):
     """With our operators too, which on a CPU are their references: they are given what the sites mean."""
     bundle = Bundle.open(bundles[model])
