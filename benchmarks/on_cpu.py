@@ -83,6 +83,7 @@ def _warm(call: Call) -> Call:
 REFERENCE = "diffusers-fp32"
 CONTENDERS = {
     "latentrt-openvino-bf16": ours("openvino", "bf16"),
+    "latentrt-inductor-bf16": ours("inductor", "bf16"),
     "openvino-bf16": Contender(partial(_openvino, "bf16")),
     "diffusers-bf16": Contender(partial(_diffusers, "bf16")),
     "diffusers-compile-bf16": Contender(partial(_compiled, "bf16"), keeps=True),

@@ -14,7 +14,8 @@ from engines.bundle import Bundle
 from engines.spec import Engine, EngineConfig, EngineError, TensorSpec
 
 BACKENDS = {"onnxruntime": "engines.onnxruntime", "openvino": "engines.openvino",
-            "tensorrt": "engines.tensorrt:ENTERPRISE", "tensorrt-rtx": "engines.tensorrt:RTX"}
+            "inductor": "engines.inductor", "tensorrt": "engines.tensorrt:ENTERPRISE",
+            "tensorrt-rtx": "engines.tensorrt:RTX"}
 
 TIME_ROWS = 32
 """Timesteps that an engine of unet_time takes at once."""

@@ -1,7 +1,8 @@
-"""What every CPU backend checks before it takes the address of a caller's array."""
+"""What backends check before they take the address of a caller's memory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,3 +39,21 @@ def check_array(spec: TensorSpec, array: Any) -> None:
     if not array.flags.c_contiguous or not array.flags.writeable:
         raise EngineError(f"bind {spec.name}: got a view that is not C-contiguous or not writeable; "
                           "pass a fresh array, such as spec.empty()")
+
+
+def device_address(spec: TensorSpec, buffer: Any) -> int:
+    """Address of device memory: a plain number, a cuda.core Buffer, or an array with __cuda_array_interface__."""
+    shape = tuple(int(d) for d in spec.shape)
+    if isinstance(buffer, int):
+        return buffer
+    if array := getattr(buffer, "__cuda_array_interface__", None):
+        found = (np.dtype(array["typestr"]).name, tuple(array["shape"]))
+        if found != (spec.dtype, shape) or array.get("strides") is not None or array["data"][1]:
+            raise EngineError(f"bind {spec.name}: got {found[0]} {list(found[1])}, expected contiguous, writeable "
+                              f"{spec.dtype} {list(shape)}")
+        return int(array["data"][0])
+    needed = math.prod(shape) * np.dtype(spec.dtype).itemsize
+    if not hasattr(buffer, "handle") or getattr(buffer, "size", 0) < needed:
+        raise EngineError(f"bind {spec.name}: got {type(buffer).__name__}, expected device memory of {needed} bytes: "
+                          "an address, a cuda.core Buffer or an array with __cuda_array_interface__")
+    return int(buffer.handle)

@@ -2,14 +2,16 @@
 
 An ONNX file is one protobuf message (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto). Three of its messages
 are walked here: ModelProto.graph (7), GraphProto.initializer (5) and, in a TensorProto, dims (1), data_type (2),
-name (8) and data_location (14).
+float_data (4), int32_data (5), int64_data (7), name (8), raw_data (9), external_data (13) and data_location (14).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,12 @@ from engines.spec import EngineError
 
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
 _GRAPH, _INITIALIZER, _DIMS, _TYPE, _NAME, _LOCATION = 7, 5, 1, 2, 8, 14
+_FLOATS, _INT32S, _INT64S, _RAW, _EXTERNAL = 4, 5, 7, 9, 13
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+_NUMPY = {1: "f4", 2: "u1", 3: "i1", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 16: "u2"}
+"""ONNX element type → numpy's; bfloat16, which numpy lacks, as its bits."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,49 @@ def initializers(model: bytes) -> dict[str, Initializer]:
                     for tensor in _messages(graph, _INITIALIZER))
     except (IndexError, ValueError) as e:
         raise EngineError(f"not an ONNX model ({e}); export the bundle again") from e
+
+
+def values(model: Path) -> dict[str, np.ndarray]:
+    """Every initializer of ONNX file `model`, read-only; bfloat16 as uint16. Those in other files are mapped, not read.
+
+    Raises EngineError for an element type or a file that cannot be read.
+    """
+    maps: dict[str, np.memmap[Any, Any]] = {}
+    found = {}
+    try:
+        for graph in _messages(memoryview(model.read_bytes()), _GRAPH):
+            for tensor in _messages(graph, _INITIALIZER):
+                name, weight = _describe(tensor)
+                found[name] = _values(model, tensor, weight, maps)
+    except (IndexError, KeyError, ValueError, OSError) as e:
+        raise EngineError(f"{model}: its weights cannot be read ({e!r}); export the bundle again") from e
+    return found
+
+
+def _values(model: Path, tensor: memoryview, weight: Initializer, maps: dict[str, np.memmap[Any, Any]]) -> np.ndarray:
+    dtype, size = np.dtype(_NUMPY[weight.type]), math.prod(weight.shape)
+    fields = {number: value for number, _, value in _fields(tensor)}
+    if weight.external:
+        entries = dict(_entry(value) for value in _messages(tensor, _EXTERNAL))
+        file = entries["location"]
+        if file not in maps:
+            maps[file] = np.memmap(model.parent / file, np.uint8, "r")
+        start = int(entries.get("offset", 0))
+        array = maps[file][start:start + size * dtype.itemsize].view(dtype)
+    elif _RAW in fields or not size:
+        array = np.frombuffer(fields.get(_RAW, b""), dtype)
+    elif _FLOATS in fields:
+        array = np.frombuffer(fields[_FLOATS], np.float32).astype(dtype)
+    else:  # halves are kept as their bits
+        numbers = np.array(_varints(fields[_INT64S if _INT64S in fields else _INT32S]), np.uint64)
+        bits = numbers.astype(f"u{dtype.itemsize}")
+        array = bits.astype(dtype) if dtype.kind == "b" else bits.view(dtype)
+    return array.reshape(weight.shape)
+
+
+def _entry(message: memoryview) -> tuple[str, str]:
+    fields = {number: str(value, "utf8") for number, _, value in _fields(message)}
+    return fields[1], fields[2]
 
 
 def convert(model: Path, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import mmap
 import re
 import weakref
@@ -25,7 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from engines.buffers import check_names, resolve
+from engines.buffers import check_names, device_address, resolve
 from engines.bundle import Component
 from engines.gpu import Gpu, gpus, select
 from engines.onnx_file import convert
@@ -226,7 +225,7 @@ class TensorRtEngine:
         specs = {**self.inputs, **self.outputs}
         check_names(buffers, specs)
         for name, spec in specs.items():
-            if not self._context.set_tensor_address(name, _address(spec, buffers[name])):
+            if not self._context.set_tensor_address(name, device_address(spec, buffers[name])):
                 raise EngineError(f"bind {name}: {self._log.why()}")
         self._buffers = dict(buffers)  # keeps the memory alive while its address is bound
 
@@ -284,21 +283,3 @@ class TensorRtEngine:
         if context is None:
             raise EngineError(f"no execution context: {self._log.why()}")
         return context
-
-
-def _address(spec: TensorSpec, buffer: Any) -> int:
-    """Address of device memory: a plain number, a cuda.core Buffer, or an array with __cuda_array_interface__."""
-    shape = tuple(int(d) for d in spec.shape)
-    if isinstance(buffer, int):
-        return buffer
-    if array := getattr(buffer, "__cuda_array_interface__", None):
-        found = (np.dtype(array["typestr"]).name, tuple(array["shape"]))
-        if found != (spec.dtype, shape) or array.get("strides") is not None or array["data"][1]:
-            raise EngineError(f"bind {spec.name}: got {found[0]} {list(found[1])}, expected contiguous, writeable "
-                              f"{spec.dtype} {list(shape)}")
-        return int(array["data"][0])
-    needed = math.prod(shape) * np.dtype(spec.dtype).itemsize
-    if not hasattr(buffer, "handle") or getattr(buffer, "size", 0) < needed:
-        raise EngineError(f"bind {spec.name}: got {type(buffer).__name__}, expected device memory of {needed} bytes: "
-                          "an address, a cuda.core Buffer or an array with __cuda_array_interface__")
-    return int(buffer.handle)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import DTYPES, OLDEST, arch_of, archs_of, check_dtype, check_output, check_shape, check_tensors
+from kernels.traced import open_on_gpu, traceable
 from kernels.variant import Variant
 
 
@@ -186,7 +187,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
     batch, n_q, heads, head_dim = q.shape
     n_k, strides = k.shape[1], [s for t in (q, k, v) for s in t.stride()[:3]]
     cfg = config(batch, heads, n_q, n_k, head_dim, DTYPES[q.dtype], arch_of(q))
-    _attention_kernel[(triton.cdiv(n_q, cfg.block_m), heads, batch)](
+    traceable(_attention_kernel, out)[(triton.cdiv(n_q, cfg.block_m), heads, batch)](
         q, k, v, out, n_q, n_k, *strides, (head_dim ** -0.5 if scale is None else scale) * math.log2(math.e),
         **_constants(cfg, head_dim, math.gcd(16, *strides), causal),
         num_warps=cfg.num_warps, num_stages=cfg.num_stages)
@@ -235,11 +236,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
 
 
 @attention.register_kernel("cuda")
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,
+def _on_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,
       causal: bool = False) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(q, k, v, out, scale=scale, causal=causal)
     return out
+
+
+open_on_gpu(attention, _on_gpu)
 
 
 @attention.register_fake

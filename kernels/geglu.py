@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import OLDEST, archs_of, check_contiguous, check_output, check_tensors
+from kernels.traced import open_on_gpu, traceable
 from kernels.variant import Variant
 
 ROWS, WIDE, NUM_WARPS = 8, 256, 4
@@ -51,7 +52,7 @@ def launch(x: torch.Tensor, out: torch.Tensor) -> None:
     n = x.shape[-1] // 2
     check_output("geglu", _geglu_kernel, out, x, (*x.shape[:-1], n))
     rows = out.numel() // n
-    _geglu_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(n, WIDE),)](
+    traceable(_geglu_kernel, out)[(triton.cdiv(rows, ROWS) * triton.cdiv(n, WIDE),)](
         x, out, rows, n, ROWS=ROWS, WIDE=WIDE, num_warps=NUM_WARPS)
 
 
@@ -76,10 +77,13 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
 
 
 @geglu.register_kernel("cuda")
-def _(x: torch.Tensor) -> torch.Tensor:
+def _on_gpu(x: torch.Tensor) -> torch.Tensor:
     out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     launch(x, out)
     return out
+
+
+open_on_gpu(geglu, _on_gpu)
 
 
 @geglu.register_fake

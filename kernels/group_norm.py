@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import OLDEST, archs_of, check_contiguous, check_dtype, check_output, check_shape, check_tensors
+from kernels.traced import open_on_gpu, traceable
 from kernels.variant import Variant
 
 
@@ -258,9 +259,9 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch
     _check(x, weight, bias, groups)
     check_output("group_norm", _whole_kernel, out, x, x.shape, x.stride())
     images, channels = x.shape[:2]
-    positions, per_group, last = x[0, 0].numel(), channels // groups, _channels_last(x)
+    positions, per_group, last = x.numel() // (images * channels), channels // groups, _channels_last(x)
     if cfg := whole_config(positions, per_group, last):
-        _whole_kernel[(triton.cdiv(channels, cfg.cols), 1, images)](
+        traceable(_whole_kernel, out)[(triton.cdiv(channels, cfg.cols), 1, images)](
             x, weight, bias, out, positions, channels, per_group, cfg.cols, int(silu), eps,
             **_constants(cfg, last), num_warps=cfg.num_warps)
         return
@@ -268,10 +269,10 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch
     run, members = (positions, per_group) if last else (positions * per_group, 1)
     cfg = split_config(images, run, groups * members, members, last)
     parts = torch.empty(images, 3, groups, triton.cdiv(run, cfg.chunk), dtype=torch.float32, device=x.device)
-    _statistics_kernel[(triton.cdiv(groups * members, cfg.cols), parts.shape[3], images)](
+    traceable(_statistics_kernel, out)[(triton.cdiv(groups * members, cfg.cols), parts.shape[3], images)](
         x, parts, run, groups * members, members, cfg.cols, cfg.chunk, **_constants(cfg, last), num_warps=cfg.num_warps)
     cfg = split_config(images, positions, channels, per_group, last)
-    _normalise_kernel[(triton.cdiv(channels, cfg.cols), triton.cdiv(positions, cfg.chunk), images)](
+    traceable(_normalise_kernel, out)[(triton.cdiv(channels, cfg.cols), triton.cdiv(positions, cfg.chunk), images)](
         x, weight, bias, parts, out, positions, channels, per_group, cfg.cols, cfg.chunk, parts.shape[3], int(silu),
         eps, PARTS=PARTS, **_constants(cfg, last), num_warps=cfg.num_warps)
 
@@ -329,11 +330,14 @@ def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups
 
 
 @group_norm.register_kernel("cuda")
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float,
+def _on_gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float,
       silu: bool = False) -> torch.Tensor:
     out = torch.empty_like(x)
     launch(x, weight, bias, out, groups, eps, silu)
     return out
+
+
+open_on_gpu(group_norm, _on_gpu)
 
 
 @group_norm.register_fake
@@ -354,7 +358,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: in
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"group_norm: groups: got {groups}, expected a divisor of the {channels} channels")
-    if channels // groups > 4096 or x[0].numel() >= 2**31:
+    if channels // groups > 4096 or x.numel() // x.shape[0] >= 2**31:
         raise ValueError(f"group_norm: x: got shape {tuple(x.shape)} in {groups} groups, expected at most 4096 "
                          "channels in a group and less than 2**31 values in an image")
     check_shape("group_norm", (channels,), weight=weight, bias=bias)

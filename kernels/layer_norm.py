@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import OLDEST, archs_of, check_contiguous, check_dtype, check_output, check_shape, check_tensors
+from kernels.traced import open_on_gpu, traceable
 from kernels.variant import Variant
 
 WIDTHS = (128, 192, 320, 640, 768, 1024, 1280)
@@ -78,7 +79,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch
     check_output("layer_norm", _layer_norm_kernel, out, x, x.shape)
     n = x.shape[-1]
     rows, cfg = x.numel() // n, config(n)
-    _layer_norm_kernel[(triton.cdiv(rows, cfg.rows),)](
+    traceable(_layer_norm_kernel, out)[(triton.cdiv(rows, cfg.rows),)](
         x, weight, bias, out, rows, n, eps, ROWS=cfg.rows, WIDE=cfg.wide, num_warps=cfg.num_warps)
 
 
@@ -106,10 +107,13 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 
 @layer_norm.register_kernel("cuda")
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def _on_gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty_like(x)
     launch(x, weight, bias, out, eps)
     return out
+
+
+open_on_gpu(layer_norm, _on_gpu)
 
 
 @layer_norm.register_fake

@@ -30,7 +30,8 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 
 ROOT = Path(__file__).parent.parent
-BACKENDS = [name for name in engines.BACKENDS if not engines.backend(name).ON_GPU]
+BACKENDS = [name for name in engines.BACKENDS if not engines.backend(name).ON_GPU and name != "inductor"]
+"""Those whose engines are made in no time; tests/test_inductor.py asks the same of the one that compiles C++."""
 SHAPES = [pytest.param(64, 64, 1, id="64x64-1"), pytest.param(64, 96, 2, id="64x96-2")]
 
 

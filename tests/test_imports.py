@@ -28,8 +28,9 @@ VENDORS = {"onnxruntime": "engines/onnxruntime.py", "openvino": "engines/openvin
            "tensorrt": "engines/tensorrt.py", "tensorrt_rtx_bindings": "engines/tensorrt.py",
            "cuda": "kernels/launch.py"}
 TRITON = {f"kernels/{name}.py" for name in (
-    "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "step_input",
-    "to_image")}
+    "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "step_input", "to_image", "traced")}
+LAZY = {"engines/onnx_torch.py"}
+"""Files that only functions import: of the inductor backend."""
 SECONDS_TO_IMPORT = 1.0
 
 
@@ -110,9 +111,9 @@ def test_dependency_direction(package):
 
 @pytest.mark.parametrize("package", ["runtime", "engines", "kernels"])
 def test_no_file_loads_a_heavy_package_when_imported(package):
-    """But those of the Triton kernels, which the runtime never imports."""
+    """But those of the Triton kernels, which the runtime never imports, and LAZY."""
     files = imports_of_package(package, lazy=False)
-    assert not {file: wrong for file, names in files.items() if file not in TRITON and (wrong := names & HEAVY)}
+    assert not {file: wrong for file, names in files.items() if file not in TRITON | LAZY and (wrong := names & HEAVY)}
 
 
 def test_the_runtime_imports_no_triton_kernel():

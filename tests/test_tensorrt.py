@@ -24,10 +24,11 @@ from onnx import helper
 import engines
 from engines import __main__ as cli
 from engines import store, verify
+from engines.buffers import device_address
 from engines.bundle import Bundle
 from engines.choice import choose
 from engines.spec import EngineConfig, EngineError
-from engines.tensorrt import ENTERPRISE, RTX, Options, _address
+from engines.tensorrt import ENTERPRISE, RTX, Options
 from engines.tensorrt_build import ABOUT, PLAN, logger, write_whole
 from export.__main__ import main as export_main
 from tests import tiny
@@ -248,11 +249,11 @@ class DeviceBuffer:
 
 def test_addresses_of_device_memory(bundle):
     spec = bundle.component("unet").inputs[0].resolve(config(bundle).dims)
-    assert [_address(spec, b) for b in (4096, DeviceArray(), DeviceBuffer(4096, 2048))] == [4096] * 3
+    assert [device_address(spec, b) for b in (4096, DeviceArray(), DeviceBuffer(4096, 2048))] == [4096] * 3
     for wrong in (DeviceArray("<f2"), DeviceArray(shape=(1, 4, 8, 8)), DeviceArray(strides=(4,)),
                   DeviceArray(readonly=True), DeviceBuffer(4096, 2047), np.zeros((2, 4, 8, 8), np.float32), None):
         with pytest.raises(EngineError, match=r"bind sample: got .*, expected"):
-            _address(spec, wrong)
+            device_address(spec, wrong)
 
 
 def command(bundle, **popen):

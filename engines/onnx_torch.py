@@ -1,0 +1,443 @@
+"""An ONNX graph as a torch module of static shapes, for torch.export to trace.
+
+The module interprets the nodes; tracing leaves only the tensor operators of `OPS`. What depends on shapes and constants
+alone is computed in numpy meanwhile, so that no shape arithmetic is left. Floating-point values are of one dtype, but
+for the angles of `onnx_nodes.angles`, whatever casts the graph has.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from engines import onnx_nodes
+from engines.onnx_nodes import Graph, Node
+from engines.spec import EngineError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KERNELS = ("attention", "group_norm", "layer_norm", "geglu")
+"""Our operators of those names, which take the place of PyTorch's where they compute the same."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter: initializers one after the other along the first axis; channels_last: that memory order."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    channels_last: bool
+
+    def empty(self, device: Any) -> torch.Tensor:
+        """Memory for it, of strides that depend on nothing but this record."""
+        shape = (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+        memory = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device=device, memory_format=memory)
+
+    def part(self, parameter: torch.Tensor, name: str) -> torch.Tensor:
+        """The view of `parameter` that holds one of its initializers."""
+        at = self.names.index(name)
+        return parameter.narrow(0, sum(shape[0] for shape in self.shapes[:at]), self.shapes[at][0])
+
+
+def rewrite(graph: Graph, fuse: bool) -> Graph:
+    """The graph in the operators of this file; fuse: one product for all that read the same value."""
+    graph = onnx_nodes.geglus(onnx_nodes.silus(onnx_nodes.linears(graph)))
+    return onnx_nodes.merge_linears(graph) if fuse else graph
+
+
+class OnnxModule(torch.nn.Module):
+    """forward(inputs in the graph's order) → outputs: float32 (or integers) at both ends, `dtype` inside.
+
+    kernels: those of KERNELS that are ours. weights: name of a buffer → what it holds; its memory is left as it comes.
+    constants: name of a buffer → values; given None, a run on the meta device finds them. used: ("attention",
+    "latentrt") and so on → sites, counted when it runs.
+    """
+
+    def __init__(self, graph: Graph, dtype: str, device: Any, kernels: frozenset[str],
+                 constants: Mapping[str, np.ndarray] | None = None) -> None:
+        super().__init__()
+        self.graph, self.dtype, self.kernels = graph, DTYPES[dtype], kernels
+        self.device = torch.device(device)
+        self.angles = onnx_nodes.angles(graph)
+        self.weights = _weights(graph, dtype, self.angles)
+        self.constants: dict[str, np.ndarray] = {} if constants is None else dict(constants)
+        self.finding = constants is None
+        self.used: Counter[tuple[str, str]] = Counter()
+        self.parameter_of = {weight.names: name for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            self.register_buffer(name, weight.empty(device))
+        for name, values in self.constants.items():
+            self.register_buffer(name, torch.from_numpy(values).to(device))
+        for kernel in sorted(kernels):
+            importlib.import_module(f"kernels.{kernel}")  # registers torch.ops.latentrt.<kernel>
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        run = Run(self, dict(zip(self.graph.inputs, inputs, strict=True)))
+        self.used.clear()
+        for node in self.graph.nodes:
+            run.step(node)
+        outputs = [run.env[name] for name in self.graph.outputs]
+        return tuple(x.to(torch.float32 if x.is_floating_point() else x.dtype).contiguous() for x in outputs)
+
+
+def build(graph: Graph, shapes: Mapping[str, tuple[tuple[int, ...], str]], dtype: str, device: Any,
+          kernels: frozenset[str]) -> OnnxModule:
+    """The module for inputs of these static shapes (name → shape, numpy dtype) with memory for weights on `device`.
+
+    Raises EngineError for what the table of operators does not have.
+    """
+    finder = OnnxModule(graph, dtype, "meta", kernels)
+    with torch.no_grad():
+        finder(*(torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in
+                 (shapes[name] for name in graph.inputs)))
+    return OnnxModule(graph, dtype, device, kernels, finder.constants)
+
+
+class Run:
+    """Values of one forward: tensors, and numpy arrays where they are known without any input."""
+
+    def __init__(self, module: OnnxModule, env: dict[str, Any]) -> None:
+        self.module, self.env, self.wide = module, env, False
+
+    def step(self, node: Node) -> None:
+        known = [self.constant(name) for name in node.inputs if name]
+        self.wide = node.outputs[0] in self.module.angles
+        if node.op == "Shape":
+            shape = np.array(self.env[node.inputs[0]].shape, np.int64)
+            result: Any = shape[node.attributes.get("start", 0):node.attributes.get("end")]
+        elif node.op in KNOWN and all(value is not None for value in known):
+            result = np.asarray(KNOWN[node.op](node, *known))
+        elif node.op in OPS:
+            result = OPS[node.op](self, node)
+        else:
+            raise EngineError(f"inductor: got operator {node.op} in the graph, expected one of "
+                              f"{', '.join(sorted(OPS))}; use another backend")
+        outputs = result if isinstance(result, list | tuple) else (result,)
+        self.env.update(zip(node.outputs, outputs, strict=True))
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value where it is known, else None. Weights are not: they can be given new values."""
+        value = self.env.get(name)
+        if isinstance(value, np.ndarray):
+            return value
+        graph = self.module.graph
+        return graph.numbers(name) if value is None and name in graph.values and not graph.is_weight(name) else None
+
+    def known(self, name: str) -> np.ndarray:
+        """A value that has to be known: a shape, axes, scales."""
+        value = self.constant(name)
+        if value is None and name in self.module.graph.values:
+            value = self.module.graph.numbers(name)
+        if value is None:
+            raise EngineError(f"inductor: got {name}, which depends on the inputs, expected it to follow from shapes; "
+                              "use another backend")
+        return value
+
+    def tensor(self, name: str) -> Any:
+        """A tensor of the node's dtype, or a Python number."""
+        value = self.constant(name)
+        if value is not None:
+            if value.size == 1 and value.ndim < 2:
+                return value.item()
+            return self.buffer(value)
+        return self.cast(self.env[name] if name in self.env else self.parameter((name,)))
+
+    def cast(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float32 if self.wide else self.module.dtype
+        return x.to(dtype) if x.is_floating_point() and x.dtype != dtype else x
+
+    def parameter(self, names: tuple[str, ...]) -> torch.Tensor:
+        return getattr(self.module, self.module.parameter_of[names])
+
+    def buffer(self, values: np.ndarray) -> torch.Tensor:
+        """A known array as a buffer of the module; equal ones are one."""
+        values = np.array(values, np.float32 if values.dtype.kind == "f" else None)  # a copy, in order
+        name = next((n for n, v in self.module.constants.items() if v.dtype == values.dtype
+                     and v.shape == values.shape and np.array_equal(v, values)), None)
+        if self.module.finding:
+            self.module.constants[name or f"c{len(self.module.constants)}"] = values
+            x = torch.from_numpy(values).to("meta")
+        else:
+            x = getattr(self.module, str(name))
+        return self.cast(x)
+
+    def own(self, kernel: str, fits: bool) -> bool:
+        """Whether our kernel does this site, which is counted."""
+        ours = fits and kernel in self.module.kernels
+        self.module.used[kernel, "latentrt" if ours else "torch"] += 1
+        return ours
+
+
+def _weights(graph: Graph, dtype: str, angles: set[str]) -> dict[str, Weight]:
+    """Every parameter that the graph's operators read, by the name of its buffer."""
+    found: dict[tuple[str, ...], Weight] = {}
+
+    def add(names: tuple[str, ...], own: str, last: bool) -> None:
+        before = found.get(names)
+        shapes = tuple(graph.shape(name) for name in names)
+        wide = own == "fp32" or (before is not None and before.dtype == "fp32")
+        found[names] = Weight(names, shapes, "fp32" if wide else own, last or bool(before and before.channels_last))
+
+    for node in graph.nodes:
+        if node.op == "Linear":
+            for names in (node.attributes["weights"], node.attributes["biases"]):
+                if names:
+                    add(names, dtype, False)
+        native = NATIVE.get(node.op, ())
+        for at, name in enumerate(node.inputs):
+            if graph.is_weight(name) and at not in native:
+                add((name,), "fp32" if node.outputs[0] in angles else dtype,
+                    node.op == "Conv" and at == 1 and len(graph.shape(name)) == 4)
+    return {f"w{n}": weight for n, weight in enumerate(found.values())}
+
+
+def _axes(run: Run, node: Node) -> list[int]:
+    """Of Squeeze and Unsqueeze; all of size 1 where the graph does not say."""
+    if len(node.inputs) > 1 and node.inputs[1]:
+        return [int(axis) for axis in run.known(node.inputs[1]).reshape(-1)]
+    return list(node.attributes.get("axes", ()))
+
+
+def _reshape(run: Run, node: Node) -> torch.Tensor:
+    x, shape = run.tensor(node.inputs[0]), [int(n) for n in run.known(node.inputs[1])]
+    if not node.attributes.get("allowzero", 0):
+        shape = [x.shape[axis] if n == 0 else n for axis, n in enumerate(shape)]
+    return x.reshape(shape)
+
+
+def _unsqueeze(run: Run, node: Node) -> torch.Tensor:
+    x, axes = run.tensor(node.inputs[0]), _axes(run, node)
+    for axis in sorted(axis % (x.dim() + len(axes)) for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _squeeze(run: Run, node: Node) -> torch.Tensor:
+    x, axes = run.tensor(node.inputs[0]), _axes(run, node)
+    return x.squeeze(tuple(axes)) if axes else x.squeeze()
+
+
+def _slice(run: Run, node: Node) -> torch.Tensor:
+    x = run.tensor(node.inputs[0])
+    starts, ends = run.known(node.inputs[1]), run.known(node.inputs[2])
+    axes = run.known(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else np.arange(len(starts))
+    steps = run.known(node.inputs[4]) if len(node.inputs) > 4 else np.ones(len(starts), np.int64)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if step < 1:
+            raise EngineError(f"inductor: got a Slice with step {step}, expected at least 1; use another backend")
+        x = torch.ops.aten.slice(x, int(axis), int(start), int(end), int(step))
+    return x
+
+
+def _split(run: Run, node: Node) -> tuple[torch.Tensor, ...]:
+    x, axis = run.tensor(node.inputs[0]), node.attributes.get("axis", 0)
+    if len(node.inputs) > 1 and node.inputs[1]:
+        return x.split([int(n) for n in run.known(node.inputs[1])], axis)
+    return x.split(math.ceil(x.shape[axis] / len(node.outputs)), axis)
+
+
+def _gather(run: Run, node: Node) -> torch.Tensor:
+    x, axis, index = run.tensor(node.inputs[0]), node.attributes.get("axis", 0), run.constant(node.inputs[1])
+    if index is not None and index.ndim == 0:
+        return x.select(axis, int(index))
+    where = run.tensor(node.inputs[1]) if index is None else run.buffer(index)
+    if axis == 0 and x.dim() == 2:
+        return F.embedding(where, x)
+    axis %= x.dim()
+    return x.index_select(axis, where.reshape(-1)).reshape(*x.shape[:axis], *where.shape, *x.shape[axis + 1:])
+
+
+def _cast(run: Run, node: Node) -> torch.Tensor:
+    """Between floating-point types the module's own rule decides; see `Run.cast`."""
+    x, name = run.tensor(node.inputs[0]), onnx_nodes.dtype_name(node.attributes["to"])
+    if name.startswith(("float", "bfloat")):
+        return run.cast(x if x.is_floating_point() else x.float())
+    return x.to(getattr(torch, name))
+
+
+def _clip(run: Run, node: Node) -> torch.Tensor:
+    low, high = (run.known(name).item() if name else None for name in (*node.inputs[1:], "", "")[:2])
+    return run.tensor(node.inputs[0]).clamp(low, high)
+
+
+def _resize(run: Run, node: Node) -> torch.Tensor:
+    """Nearest neighbours; half_pixel rounds as asymmetric does where a picture grows by whole factors."""
+    x, a = run.tensor(node.inputs[0]), node.attributes
+    if len(node.inputs) > 3 and node.inputs[3]:
+        size = [int(n) for n in run.known(node.inputs[3])]
+    else:
+        size = [math.floor(n * float(scale)) for n, scale in zip(x.shape, run.known(node.inputs[2]), strict=True)]
+    how = (a.get("coordinate_transformation_mode", "half_pixel"), a.get("nearest_mode", "round_prefer_floor"))
+    whole = all(new % old == 0 for new, old in zip(size, x.shape, strict=True))
+    if (a.get("mode", "nearest") != "nearest" or tuple(size[:2]) != tuple(x.shape[:2])
+            or not (how == ("asymmetric", "floor") or (whole and how == ("half_pixel", "round_prefer_floor")))):
+        raise EngineError(f"inductor: got a Resize {dict(a)}, expected nearest neighbours; use another backend")
+    return F.interpolate(x, size=size[2:], mode="nearest")
+
+
+def _conv(run: Run, node: Node) -> torch.Tensor:
+    x, weight, *bias = (run.tensor(name) for name in node.inputs if name)
+    a, spatial = node.attributes, weight.dim() - 2
+    pads = a.get("pads", [0] * 2 * spatial)
+    if a.get("auto_pad", "NOTSET") != "NOTSET" or spatial not in (1, 2, 3):
+        raise EngineError(f"inductor: got a Conv {dict(a)}, expected explicit pads; use another backend")
+    before, after = list(pads[:spatial]), list(pads[spatial:])
+    if before != after:
+        x = F.pad(x, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair])
+        before = [0] * spatial
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    return conv(x, weight, bias[0] if bias else None, a.get("strides", 1), before, a.get("dilations", 1),
+                a.get("group", 1))
+
+
+def _linear(run: Run, node: Node) -> tuple[torch.Tensor, ...]:
+    names, biases = node.attributes["weights"], node.attributes["biases"]
+    weight, bias = run.cast(run.parameter(names)), run.cast(run.parameter(biases)) if biases else None
+    y = F.linear(run.tensor(node.inputs[0]), weight, bias)
+    return (y,) if len(names) == 1 else y.split([run.module.graph.shape(name)[0] for name in names], -1)
+
+
+def _gemm(run: Run, node: Node) -> torch.Tensor:
+    a, (left, right, *bias) = node.attributes, [run.tensor(name) for name in node.inputs if name]
+    product = (left.t() if a.get("transA") else left) @ (right.t() if a.get("transB") else right)
+    product = product * a["alpha"] if a.get("alpha", 1.0) != 1 else product
+    return product + (bias[0] * a["beta"] if a.get("beta", 1.0) != 1 else bias[0]) if bias else product
+
+
+def _group_norm(run: Run, node: Node) -> torch.Tensor:
+    x, weight, bias = (run.tensor(name) for name in node.inputs)
+    groups, eps, silu = node.attributes["num_groups"], node.attributes.get("epsilon", 1e-5), "silu" in node.attributes
+    if run.own("group_norm", x.shape[1] // groups <= 4096):
+        if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+            x = x.contiguous()
+        return torch.ops.latentrt.group_norm(x, weight, bias, groups, eps, silu)
+    y = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if silu else y
+
+
+def _layer_norm(run: Run, node: Node) -> torch.Tensor:
+    x, weight, *bias = (run.tensor(name) for name in node.inputs if name)
+    axis, eps = node.attributes.get("axis", -1), node.attributes.get("epsilon", 1e-5)
+    if run.own("layer_norm", axis in (-1, x.dim() - 1) and bool(bias) and x.shape[-1] <= 16384):
+        return torch.ops.latentrt.layer_norm(x.contiguous(), weight, bias[0], eps)
+    return F.layer_norm(x, x.shape[axis:], weight, bias[0] if bias else None, eps)
+
+
+def _geglu(run: Run, node: Node) -> torch.Tensor:
+    x, axis = run.tensor(node.inputs[0]), node.attributes["axis"]
+    if run.own("geglu", axis in (-1, x.dim() - 1)):
+        return torch.ops.latentrt.geglu(x.contiguous())
+    value, gate = x.chunk(2, axis)
+    return value * F.gelu(gate)
+
+
+def _attention(run: Run, node: Node) -> torch.Tensor:
+    a = node.attributes
+    if a.get("softcap", 0.0) or a.get("qk_matmul_output_mode", 0) or any(node.inputs[4:]) or len(node.outputs) > 1:
+        raise EngineError(f"inductor: got an Attention with {dict(a)} of {len(node.inputs)} inputs, expected one "
+                          "without cache, softcap or a second output; use another backend")
+    q, k, v = (run.tensor(name) for name in node.inputs[:3])
+    flat = q.dim() == 3
+    if flat:
+        heads = (a["q_num_heads"], a["kv_num_heads"], a["kv_num_heads"])
+        q, k, v = (x.unflatten(2, (n, -1)).transpose(1, 2) for x, n in zip((q, k, v), heads, strict=True))
+    mask, causal = node.inputs[3] if len(node.inputs) > 3 else "", bool(a.get("is_causal", 0))
+    if mask and not causal and _is_causal(run.constant(mask), q.shape[2], k.shape[2]):
+        mask, causal = "", True
+    same = q.shape[:2] == k.shape[:2] and k.shape == v.shape and q.shape[3] == k.shape[3]
+    fits = (16 <= q.shape[3] <= 256 or q.shape[3] == 512) and (not causal or q.shape[2] == k.shape[2])
+    if run.own("attention", same and fits and not mask):
+        q, k, v = (_rows(x.transpose(1, 2)) for x in (q, k, v))
+        y = torch.ops.latentrt.attention(q, k, v, scale=a.get("scale"), causal=causal).transpose(1, 2)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=run.tensor(mask) if mask else None, is_causal=causal,
+                                           scale=a.get("scale"), enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2).flatten(2) if flat else y
+
+
+def _is_causal(mask: np.ndarray | None, queries: int, keys: int) -> bool:
+    """Whether a known mask says that query i sees the keys up to i."""
+    return mask is not None and mask.dtype == bool and queries == keys and mask.shape[-2:] == (queries, keys) and bool(
+        (mask == np.tri(queries, dtype=bool)).all())
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """As our attention reads it: any strides but the last."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _one(function: Callable[..., torch.Tensor]) -> Callable[[Run, Node], torch.Tensor]:
+    """An operator whose inputs are all tensors or numbers, and that has no attributes."""
+    return lambda run, node: function(*(run.tensor(name) for name in node.inputs))
+
+
+OPS: dict[str, Callable[[Run, Node], Any]] = {
+    "Add": _one(operator.add), "Sub": _one(operator.sub), "Mul": _one(operator.mul), "Div": _one(operator.truediv),
+    "Pow": _one(operator.pow), "MatMul": _one(operator.matmul), "Neg": _one(operator.neg),
+    "Identity": _one(lambda x: x), "Sigmoid": _one(torch.sigmoid), "Sin": _one(torch.sin), "Cos": _one(torch.cos),
+    "Exp": _one(torch.exp), "Sqrt": _one(torch.sqrt), "Tanh": _one(torch.tanh), "Erf": _one(torch.erf),
+    "Where": _one(torch.where),
+    "Gelu": lambda run, node: F.gelu(run.tensor(node.inputs[0]),
+                                     approximate=node.attributes.get("approximate", "none")),
+    "Swish": lambda run, node: (x := run.tensor(node.inputs[0])) * torch.sigmoid(x * node.attributes.get("alpha", 1.0)),
+    "Softmax": lambda run, node: run.tensor(node.inputs[0]).softmax(node.attributes.get("axis", -1)),
+    "Transpose": lambda run, node: run.tensor(node.inputs[0]).permute(node.attributes["perm"]),
+    "Concat": lambda run, node: torch.cat([run.tensor(name) for name in node.inputs], node.attributes["axis"]),
+    "Expand": lambda run, node: (x := run.tensor(node.inputs[0])).expand(
+        np.broadcast_shapes(x.shape, tuple(int(n) for n in run.known(node.inputs[1])))),
+    "Reshape": _reshape, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Slice": _slice, "Split": _split,
+    "Gather": _gather, "Cast": _cast, "Clip": _clip, "Resize": _resize, "Conv": _conv, "Linear": _linear, "Gemm": _gemm,
+    "GroupNormalization": _group_norm, "LayerNormalization": _layer_norm, "Geglu": _geglu, "Attention": _attention}
+"""Operator → what computes it."""
+
+
+def _known_reshape(node: Node, x: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    keep = not node.attributes.get("allowzero", 0)
+    return x.reshape([x.shape[axis] if n == 0 and keep else int(n) for axis, n in enumerate(shape)])
+
+
+def _known_squeeze(node: Node, x: np.ndarray, axes: np.ndarray | None = None) -> np.ndarray:
+    return x.squeeze(None if axes is None else tuple(int(axis) for axis in axes))
+
+
+def _known_cast(node: Node, x: np.ndarray) -> np.ndarray:
+    name = onnx_nodes.dtype_name(node.attributes["to"])
+    return x.astype(np.float32 if name.startswith(("float", "bfloat")) else name)
+
+
+def _known_slice(node: Node, x: np.ndarray, starts: np.ndarray, ends: np.ndarray, axes: np.ndarray | None = None,
+                 steps: np.ndarray | None = None) -> np.ndarray:
+    for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        cut = [slice(None)] * x.ndim
+        cut[n if axes is None else int(axes[n])] = slice(int(start), int(end), 1 if steps is None else int(steps[n]))
+        x = x[tuple(cut)]
+    return x
+
+
+KNOWN: dict[str, Callable[..., np.ndarray]] = {
+    "Add": lambda node, a, b: a + b, "Sub": lambda node, a, b: a - b, "Mul": lambda node, a, b: a * b,
+    "Div": lambda node, a, b: a // b if a.dtype.kind == "i" else a / b, "Neg": lambda node, x: -x,
+    "Identity": lambda node, x: x, "Constant": lambda node: onnx_nodes.constant(node),
+    "Concat": lambda node, *x: np.concatenate(x, node.attributes["axis"]),
+    "Gather": lambda node, x, index: np.take(x, index, node.attributes.get("axis", 0)),
+    "Unsqueeze": lambda node, x, axes: np.expand_dims(x, tuple(int(axis) for axis in axes.reshape(-1))),
+    "Expand": lambda node, x, shape: np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(n) for n in shape))),
+    "Transpose": lambda node, x: x.transpose(node.attributes["perm"]), "Squeeze": _known_squeeze,
+    "Reshape": _known_reshape, "Cast": _known_cast, "Slice": _known_slice}
+"""Operator → the same in numpy, for shapes and constants."""
+
+NATIVE = {"Reshape": (1,), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "Slice": (1, 2, 3, 4), "Split": (1,),
+          "Resize": (1, 2, 3), "Clip": (1, 2)}
+"""Inputs that an operator reads as numbers, not as a tensor."""
