@@ -5,6 +5,8 @@ beside files and config), `build(onnx, component, config, directory)`, `load(onn
 `runnable(config)` (None where this machine can run the engine, else why not), `reads_onnx(config)` (whether `load`
 reads the bundle's ONNX files), `SOURCES` (our files that shape its engines) and `ON_GPU` (its engines are for a GPU and
 compute in the precision of the graph). An engine with an attribute `gpu` runs on the GPU of that number.
+
+It may hold `refits(config)`: whether a build has to show that new weights reach the engine (`engines/verify_refit.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines import verify
+from engines import verify, verify_refit
 from engines.bundle import Bundle, Check, hash_file, hash_files, parse
 from engines.publish import BusyError, publish, user_cache
 from engines.spec import Engine, EngineConfig, EngineError
@@ -246,6 +248,8 @@ def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: b
         if missing := module.runnable(config):
             log.warning("%s: built, not checked: %s", name, missing)
         figures = verify.check(bundle, name, config, temporary) if check and not missing else None
+        if figures is not None and (refits := getattr(module, "refits", None)) and refits(config):
+            verify_refit.check(bundle, name, config, temporary)
         bar.update()
         written = sorted(str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file())
         files = hash_files(temporary, written)
