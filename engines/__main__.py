@@ -15,6 +15,7 @@ import engines
 from engines import store, verify
 from engines.bundle import Bundle
 from engines.interrupt import interruptible
+from engines.kernel_options import add_kernel_options, kernel_options
 from engines.spec import DTYPES, EngineError
 
 EXAMPLES = """examples:
@@ -62,7 +63,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
-    rest = {"threads": options.threads, "device": options.device, "options": dict(map(_option, options.option))}
+    rest = {"threads": options.threads, "device": options.device,
+            "options": {**dict(map(_option, options.option)), **kernel_options(options)}}
     paths = store.build_all(bundle, options.backend, sizes=options.size, batches=options.batch, dtype=options.dtype,
                             components=options.component, rebuild=options.rebuild, check=not options.no_check, **rest)
     found = [_engine(bundle, path) for path in paths]
@@ -269,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: the physical cores)")
     sub.add_argument("--device", default="cpu", metavar="NAME",
                      help="cpu, cuda:N or, for a GPU that is elsewhere, its architecture such as sm_89 (default: cpu)")
+    add_kernel_options(sub)
     sub.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the backend")
     sub.add_argument("--rebuild", action="store_true", help="build again what is already there")
     sub.add_argument("--no-check", action="store_true", help="skip the comparison with the reference")

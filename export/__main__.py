@@ -11,6 +11,7 @@ from pathlib import Path
 import engines
 from engines.bundle import Bundle
 from engines.interrupt import interruptible
+from engines.kernel_options import add_kernel_options, kernel_options
 from engines.spec import DTYPES, EngineConfig, EngineError
 from export import FAMILIES, ExportError, export
 
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> Bundle:
-    build = options.backend or ("auto" if options.size or options.batch else "none")
+    own = kernel_options(options)
+    build = options.backend or ("auto" if options.size or options.batch or own else "none")
     dtype = options.dtype if options.dtype != "auto" else "fp16" if options.gpu else "fp32"
     device = "cpu"
     if build != "none":  # before the long part: a missing backend, or a GPU it has no code for, shows at once
@@ -63,12 +65,12 @@ def _run(options: argparse.Namespace) -> Bundle:
         engine, computes = choose(build, options.dtype)
         if engines.backend(engine).ON_GPU:
             computes, device = dtype, options.gpu or "cuda:0"
-            engines.backend(engine).versions(EngineConfig(engine, dtype, device=device))
+        engines.backend(engine).versions(EngineConfig(engine, computes, device=device, options=own))
     bundle = export(options.checkpoint, options.output, force=options.force, progress=not options.quiet, dtype=dtype,
                     config=options.config, tokenizer=options.tokenizer)
     if build != "none":
         engines.build_all(bundle, engine, sizes=options.size or (), batches=options.batch or (1,), dtype=computes,
-                          device=device)
+                          device=device, options=own)
     return bundle
 
 
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--backend", choices=["auto", *engines.BACKENDS, "none"],
                        help="which engines; auto is the fastest backend that is installed")
     group.add_argument("--size", nargs="+", type=_size, metavar="HxW", help="picture sizes (default: the model's own)")
+    add_kernel_options(group)
     group.add_argument("--batch", nargs="+", type=_count, metavar="N", help="pictures at a time (default: 1)")
     parser.add_argument("--gpu", type=_gpu, metavar="ARCH", help="the GPU that will run it, such as sm_90")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
