@@ -12,6 +12,7 @@ ARGS ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := requirements/constraints.txt
+STUBS := .venv/stubs/tensorrt_bindings/tensorrt.pyi
 BUNDLE := build/shapes.bundle
 # What a bundle is made of and by: a change to any of these exports it again.
 BUNDLE_SOURCES := $(shell find models/shapes -type f 2>/dev/null) $(shell find export -name '*.py' -o -path '*/configs/*') \
@@ -39,7 +40,7 @@ test: .venv/.installed
 check: lint
 	@$(PY) -m pytest -m "not slow" $(ARGS)
 
-lint: .venv/.installed
+lint: .venv/.installed $(STUBS)
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 
@@ -59,6 +60,12 @@ distclean: clean
 
 $(BUNDLE)/manifest.json: .venv/.installed $(BUNDLE_SOURCES)
 	@$(PY) -m export models/shapes -o $(BUNDLE) $(if $(wildcard $@),--force)
+
+# TensorRT's types, for mypy alone: among the packages, `import tensorrt` would find them. What wrote them took `in` for the
+# name of an argument, left out a default after others, and named a variable `bool`.
+$(STUBS): .venv/.installed
+	@$(PIP) install --quiet --no-deps --upgrade --constraint $(CONSTRAINTS) --target .venv/stubs tensorrt-stubs
+	@sed -i -E 's/\<in: list\[/input: list[/; s/channel_axis: int\)/channel_axis: int = ...)/; /^bool: /d' $@
 
 .venv/.installed: pyproject.toml setup.py CMakeLists.txt $(shell find kernels/csrc -type f 2>/dev/null) $(CONSTRAINTS)
 	@if ! $(PIP) --version >/dev/null 2>&1; then \

@@ -17,6 +17,7 @@ from engines.bundle import Bundle
 from engines.choice import choose
 from engines.inspect import backend_of, bundle_text, describe, engine_table, engine_text, look_inside, read
 from engines.interrupt import interruptible
+from engines.kernel_options import add_kernel_options, kernel_options
 from engines.options import picture_size, positive
 from engines.spec import DTYPES, EngineError
 from engines.trajectory import Trajectory
@@ -87,7 +88,8 @@ def _build(options: argparse.Namespace) -> int:
             "auto", dtype or "auto", bundle=bundle, size=next(iter(options.size), None), batch=options.batch[0],
             device=device or "auto", threads=options.threads, build=device is not None)
         print(f"auto: {backend} {dtype} on {device}: {why}", file=sys.stderr)
-    rest = {"threads": options.threads, "device": device or "cpu", "options": dict(map(_option, options.option))}
+    rest = {"threads": options.threads, "device": device or "cpu",
+            "options": {**dict(map(_option, options.option)), **kernel_options(options)}}
     paths = store.build_all(bundle, backend, sizes=options.size, batches=options.batch, dtype=dtype or "fp32",
                             components=options.component, rebuild=options.rebuild, check=not options.no_check, **rest)
     found = [describe(bundle, path) for path in paths]
@@ -261,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", metavar="NAME",
                      help="cpu, cuda:N or, for a GPU that is elsewhere, its architecture such as sm_89 (default: cpu; "
                           "what is here with --backend auto)")
+    add_kernel_options(sub)
     sub.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the backend")
     sub.add_argument("--rebuild", action="store_true", help="build again what is already there")
     sub.add_argument("--no-check", action="store_true", help="skip the comparison with the reference")

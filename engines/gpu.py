@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from engines.spec import Engine, EngineError
 
 DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,62 @@ def run(engine: Engine, number: int, feed: Mapping[str, np.ndarray], outputs: Ma
             again(call)
         for name, array in outputs.items():
             driver.cuMemcpyDtoH_v2(_pointer(array), ctypes.c_uint64(addresses[name]), ctypes.c_size_t(array.nbytes))
+
+
+def seconds(number: int, enqueue: Callable[[int], None], runs: int) -> float:
+    """Time of one of `runs` that `enqueue` puts on a stream of GPU `number`, one after another, by CUDA events."""
+    driver = _Driver()
+    _select(driver, number)
+    stream, start, end, time = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
+    with contextlib.ExitStack() as stack:
+        driver.cuStreamCreate(ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+        stack.callback(driver.cuStreamDestroy_v2, stream)
+        for event in (start, end):
+            driver.cuEventCreate(ctypes.byref(event), ctypes.c_uint(0))
+            stack.callback(driver.cuEventDestroy_v2, event)
+        driver.cuEventRecord(start, stream)
+        for _ in range(runs):
+            enqueue(stream.value or 0)
+        driver.cuEventRecord(end, stream)
+        driver.cuEventSynchronize(end)
+        driver.cuEventElapsedTime(ctypes.byref(time), start, end)
+    return time.value / 1000 / runs
+
+
+@contextlib.contextmanager
+def on_device(number: int, array: np.ndarray) -> Iterator[int]:
+    """Address of a copy of `array` in the memory of GPU `number`, freed at the end."""
+    driver = _Driver()
+    _select(driver, number)
+    with _allocated(driver, array.nbytes) as address:
+        driver.cuMemcpyHtoD_v2(ctypes.c_uint64(address), _pointer(array), ctypes.c_size_t(array.nbytes))
+        yield address
+
+
+def read(number: int, address: int, like: np.ndarray) -> np.ndarray:
+    """An array of the shape and dtype of `like`, copied from the memory of GPU `number`."""
+    driver = _Driver()
+    _select(driver, number)
+    array = np.empty_like(like)
+    driver.cuMemcpyDtoH_v2(_pointer(array), ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes))
+    return array
+
+
+class Memory:
+    """Memory of GPU `number`: `handle`, its address, and `size` in bytes. Freed with the object."""
+
+    def __init__(self, number: int, size: int) -> None:
+        driver = _Driver()
+        _select(driver, number)
+        address = ctypes.c_uint64()
+        driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size))
+        self.handle, self.size = address.value, size
+        weakref.finalize(self, _free, driver, number, address)
+
+
+def _free(driver: _Driver, number: int, address: ctypes.c_uint64) -> None:
+    _select(driver, number)  # of the thread that happens to drop the last reference
+    driver.cuMemFree_v2(address)
 
 
 class _Driver:

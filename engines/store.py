@@ -9,6 +9,7 @@ engine with an attribute `gpu` runs on the GPU of that number.
 
 It may hold, for `python -m engines inspect`: `details(directory)` (what it recorded when it built, JSON values by
 name) and `layers(onnx, component, config, directory, feed, calls)` (see `engines.layers`).
+`refits(config)`: whether a build has to show that new weights reach the engine (`engines/verify_refit.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines import verify
+from engines import verify, verify_refit
 from engines.bundle import Bundle, Check, hash_file, hash_files, parse
 from engines.publish import BusyError, publish, user_cache
 from engines.spec import Engine, EngineConfig, EngineError
@@ -279,6 +280,8 @@ def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: b
         if missing := module.runnable(config):
             log.warning("%s: built, not checked: %s", name, missing)
         figures, timing = verify.check(bundle, name, config, temporary) if check and not missing else (None, None)
+        if figures is not None and (refits := getattr(module, "refits", None)) and refits(config):
+            verify_refit.check(bundle, name, config, temporary)
         bar.update()
         written = sorted(str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file())
         files = hash_files(temporary, written)

@@ -1,11 +1,13 @@
 """TensorRT in two flavours: `tensorrt` builds on the GPU that will run it, `tensorrt-rtx` for an RTX GPU anywhere.
 
 Both read the canonical ONNX graph, its dimensions fixed to the config's, and are strongly typed: an engine computes in
-the precision of its graph. `engines/tensorrt_build.py` builds; what is here describes, loads and runs.
+the precision of its graph. `engines/tensorrt_choice.py` builds, with our kernels or without; what is here describes,
+loads and runs.
 
-Options: refit=true keeps the weights replaceable (TensorRT's REFIT); stripped=true leaves them out of the plan and
-reads them from the ONNX file at load (STRIP_PLAN, with REFIT_IDENTICAL unless refit is asked for);
-optimization_level=0…5; workspace=MiB.
+Options: attention=native|plugin|auto and norm=native|plugin|auto choose between TensorRT's kernels and ours, auto, the
+default, by timing both (TensorRT-RTX has native only); refit=true keeps the weights replaceable (TensorRT's REFIT);
+stripped=true leaves them out of the plan and reads them from the ONNX file at load (STRIP_PLAN, with REFIT_IDENTICAL
+unless refit is asked for); optimization_level=0…5; workspace=MiB.
 """
 
 from __future__ import annotations
@@ -19,42 +21,60 @@ import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+import kernels
 from engines.buffers import check_names, device_address, resolve
-from engines.bundle import Component
-from engines.gpu import Gpu, gpus, select
+from engines.bundle import Component, hash_files
+from engines.gpu import Gpu, Memory, gpus, select
 from engines.onnx_file import convert
 from engines.publish import user_cache
 from engines.spec import EngineConfig, EngineError, TensorSpec
-from engines.tensorrt_build import PLAN, Request, build, logger, write_whole
+from engines.tensorrt_build import ABOUT, KINDS, PLAN, Request, dims, logger, write_whole
+from engines.tensorrt_choice import build
+from engines.verify import TOLERANCE
+
+if TYPE_CHECKING:
+    import tensorrt as rt
 
 log = logging.getLogger(__name__)
+
+CHOICES = ("native", "plugin", "auto")
+ALIGNMENT = 256
+"""Of working memory, in bytes (`IExecutionContext.set_device_memory`)."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The config's options, as numbers. workspace: most scratch memory that one layer may take, in MiB."""
+    """The config's options, as numbers. workspace: most scratch memory that one layer may take, in MiB.
+
+    attention, norm: "native", "plugin", "auto", or "", which is auto wherever plugins are possible.
+    """
 
     refit: bool = False
     stripped: bool = False
     optimization_level: int | None = None
     workspace: int | None = None
+    attention: str = ""
+    norm: str = ""
 
     @classmethod
     def read(cls, options: Mapping[str, Any]) -> Options:
         """Raises EngineError for a name or a value that is not one of these."""
-        expected = {"refit": "true or false", "stripped": "true or false", "optimization_level": "0 to 5",
-                    "workspace": "MiB, at least 1"}
+        expected = {"attention": "native, plugin or auto", "norm": "native, plugin or auto", "refit": "true or false",
+                    "stripped": "true or false", "optimization_level": "0 to 5", "workspace": "MiB, at least 1"}
         values: dict[str, Any] = {}
         for name, value in options.items():
             if name not in expected:
                 raise EngineError(f"tensorrt: got option {name!r}, expected one of {', '.join(expected)}")
             text = str(value).lower()
-            if name in ("refit", "stripped"):
+            if name in KINDS:
+                values[name] = text if text in CHOICES else None
+            elif name in ("refit", "stripped"):
                 values[name] = {"true": True, "false": False}.get(text)
             elif text.isdecimal() and (int(text) <= 5 if name == "optimization_level" else int(text) >= 1):
                 values[name] = int(text)
@@ -76,7 +96,8 @@ class Flavour:
     name: str
     rtx: bool
     pip: str
-    SOURCES: ClassVar = ("tensorrt.py", "tensorrt_build.py", "onnx_file.py")
+    SOURCES: ClassVar = ("tensorrt.py", "tensorrt_build.py", "tensorrt_choice.py", "tensorrt_measure.py", "plugins.py",
+                         "plugin_passes.py", "onnx_file.py")
     ON_GPU: ClassVar = True
     IN_PARTS: ClassVar = True
 
@@ -95,6 +116,15 @@ class Flavour:
         if not hasattr(trt, "Builder"):  # tensorrt-stubs alone makes `import tensorrt` an empty package
             raise EngineError(f"backend {self.name}: got type stubs only, expected the package; run: {self.pip}")
         return trt
+
+    def plugins(self) -> Any:
+        """The vendor's module for plugins written in Python. Raises EngineError where there is none."""
+        try:
+            import tensorrt.plugin
+        except ModuleNotFoundError as e:
+            raise EngineError(f"backend {self.name}: got no plugins in Python ({e}), expected those of TensorRT 10.13 "
+                              "or later; pass --attention native --norm native") from e
+        return tensorrt.plugin
 
     def available(self) -> str | None:
         """None where engines can be built here, else what to do."""
@@ -121,7 +151,8 @@ class Flavour:
             return found
         arch, number = self._target(config)
         here = {} if self.rtx or number is None else dataclasses.asdict(gpus()[number])
-        return {**found, "arch": arch, **here}
+        own = {"kernels": _kernels()} if set(self._kernels_asked(config).values()) != {"native"} else {}
+        return {**found, "arch": arch, **here, **own}
 
     def runnable(self, config: EngineConfig) -> str | None:
         """None where a GPU of this machine can run the engine, else why not."""
@@ -146,8 +177,35 @@ class Flavour:
         shapes = [{s.name: tuple(int(d) for d in s.shape) for s in resolve(specs, config).values()}
                   for specs in (component.inputs, component.outputs)]
         cache = "" if self.rtx or number is None else str(self._cache("timing", gpus()[number]))
+        asked = self._kernels_asked(config)
         build(Request(self.name, str(onnx), shapes[0], shapes[1], str(directory), arch, number,
-                      config.dtype != "fp32", options.flags, options.optimization_level, options.workspace, cache))
+                      config.dtype != "fp32", options.flags, options.optimization_level, options.workspace, cache,
+                      tolerance=2 * TOLERANCE[config.dtype]),
+              {kind: wanted for kind, wanted in asked.items() if component.sites.get(KINDS[kind])})
+
+    def details(self, directory: Path) -> dict[str, Any]:
+        """What the build wrote down about the engine in `directory`; a key is missing where it was not to be had.
+
+        library: name → version. arch, flags: what it was built for and with. kernels: kind of site → {asked, used}.
+        timings: [{plugins, seconds, rounds}] of the builds that were compared. failed: build with plugins → why it is
+        not used. sites: kind → {plugin, native}, how many nodes are which. layers, attentions: of the network.
+        engine_layers: [{name, kind, kernel, milliseconds}] of the plan, measured on the GPU that built it. memory:
+        bytes by what for, as the builder said. device_memory_bytes: working memory of a run. refittable: weights that
+        can change. plan_bytes, build_seconds, build_peak_bytes, warnings. Raises EngineError for a damaged file.
+        """
+        file = directory / ABOUT
+        try:
+            about = json.loads(file.read_text(encoding="utf8"))
+            if not isinstance(about, dict):
+                raise ValueError(f"got {type(about).__name__}, expected an object")
+            return about
+        except (OSError, ValueError) as e:
+            raise EngineError(f"{file} cannot be read ({e}); build the engine again: python -m engines build BUNDLE "
+                              f"--backend {self.name} --rebuild") from e
+
+    def refits(self, config: EngineConfig) -> bool:
+        """Whether weights of the engine can change, so that a build has to show that they do."""
+        return Options.read(config.options).refit
 
     def load(self, onnx: Path, component: Component, config: EngineConfig, directory: Path) -> TensorRtEngine:
         """Open the plan on its GPU. Raises EngineError where there is none, or TensorRT refuses the plan."""
@@ -157,6 +215,18 @@ class Flavour:
         key = json.dumps([component.files, config.to_json()], sort_keys=True)
         compiled = self._cache(hashlib.sha256(key.encode()).hexdigest()[:12], gpus()[number]) if self.rtx else None
         return TensorRtEngine(self.vendor(), onnx, component, config, directory, number, compiled)
+
+    def _kernels_asked(self, config: EngineConfig) -> dict[str, str]:
+        """Kind of site → native, plugin or auto. Raises EngineError for a plugin where there can be none."""
+        options = Options.read(config.options)
+        asked = {kind: getattr(options, kind) for kind in KINDS}
+        reason = ("TensorRT-RTX has no plugins in Python; use --backend tensorrt" if self.rtx else
+                  "a stripped plan reads its weights from the ONNX file, which has no plugin nodes; pass "
+                  "--option stripped=false" if options.stripped else None)
+        for kind, wanted in asked.items():
+            if reason and wanted not in ("", "native"):
+                raise EngineError(f"option {kind}: got {wanted!r}, expected native: {reason}")
+        return {kind: "native" if reason else wanted or "auto" for kind, wanted in asked.items()}
 
     def _target(self, config: EngineConfig) -> tuple[str, int | None]:
         """(architecture, number of the GPU of this machine that has it) for a config's device."""
@@ -197,7 +267,8 @@ ENTERPRISE = Flavour("tensorrt", False, "pip install tensorrt-cu13")
 class TensorRtEngine:
     """A plan opened on GPU number `gpu`; see `engines.spec.Engine`.
 
-    Its working memory is allocated when it is opened; `enqueue` only launches, so that it can be captured.
+    A run needs `workspace_bytes` of working memory, which may be shared with engines that do not run meanwhile: hand it
+    over with `use_workspace`. Otherwise `bind` allocates it. `enqueue` only launches, so that it can be captured.
     """
 
     def __init__(self, trt: Any, onnx: Path, component: Component, config: EngineConfig, directory: Path, gpu: int,
@@ -209,19 +280,41 @@ class TensorRtEngine:
         self._changed: dict[str, np.ndarray] = {}
         self._buffers: dict[str, Any] = {}
         select(gpu)
-        self._runtime = trt.Runtime(self._log)
+        self._runtime: rt.Runtime = trt.Runtime(self._log)
         with open(directory / PLAN, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
+            engine: rt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
             raise EngineError(f"{directory / PLAN} does not open: {self._log.why()}")
+        self._engine = engine
         self._check(directory)
         if Options.read(config.options).stripped:
-            refitter = trt.Refitter(self._engine, self._log)
+            refitter: rt.Refitter = trt.Refitter(engine, self._log)
             if not trt.OnnxParserRefitter(refitter, self._log).refit_from_file(str(onnx)):
                 raise EngineError(f"{directory / PLAN} does not take its weights from {onnx}: {self._log.why()}")
+        self.workspace_bytes: int = self._engine.device_memory_size_v2
+        self._workspace: Any = None
+        self.refittable: list[str] = []
+        if engine.refittable:
+            self.refittable = trt.Refitter(engine, self._log).get_all_weights()
         self._context = self._open(compiled)
+        self._context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
+
+    def use_workspace(self, buffer: Any) -> None:
+        """Take working memory of at least `workspace_bytes`: its address, a multiple of 256, or a cuda.core Buffer.
+
+        It must stay where it is while the engine or a graph that captured it runs. Raises EngineError for a Buffer that
+        is too small, or another address.
+        """
+        size = self.workspace_bytes
+        memory = device_address(TensorSpec("workspace", "uint8", (size,)), buffer)
+        if memory % ALIGNMENT:
+            raise EngineError(f"workspace: got address {memory:#x}, expected a multiple of {ALIGNMENT}")
+        self._context.set_device_memory(memory, size)
+        self._workspace = buffer
 
     def bind(self, buffers: Mapping[str, Any]) -> None:
+        if self._workspace is None and self.workspace_bytes:
+            self.use_workspace(Memory(self.gpu, self.workspace_bytes))
         specs = {**self.inputs, **self.outputs}
         check_names(buffers, specs)
         for name, spec in specs.items():
@@ -238,13 +331,13 @@ class TensorRtEngine:
     def refit(self, weights: Mapping[str, np.ndarray]) -> None:
         """See `engines.spec.Engine`; needs the option refit=true, and that nothing is running.
 
-        NVIDIA documents for TensorRT 11.3 that a plan built so may drop the bias of a matrix product. The check when
-        it is built shows that; values given here are not checked again.
+        NVIDIA documents for TensorRT 11.3 that a plan built so may drop the bias of a matrix product. The build checks
+        that (`engines/verify_refit.py`); values given here are not checked again.
         """
         changed = {**self._changed, **convert(self._onnx, weights)}
         if not self._engine.refittable:
             raise EngineError("refit: this engine keeps its weights; build it with --option refit=true")
-        refitter = self._trt.Refitter(self._engine, self._log)
+        refitter: rt.Refitter = self._trt.Refitter(self._engine, self._log)
         if fixed := sorted(set(changed) - set(refitter.get_all_weights())):
             raise EngineError(f"refit: got {', '.join(fixed[:3])}, which the build has folded away; build it again")
         for name, value in changed.items():
@@ -263,17 +356,20 @@ class TensorRtEngine:
         for n in range(engine.num_io_tensors):
             name = engine.get_tensor_name(n)
             specs = self.inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else self.outputs
-            found = (np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name, tuple(engine.get_tensor_shape(name)))
+            found = (np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name, dims(engine.get_tensor_shape(name)))
             expected = (specs[name].dtype, specs[name].shape) if name in specs else "no such tensor"
             if found != expected:
                 raise EngineError(f"{directory / PLAN}: {name}: got {found}, expected {expected}; build it again")
 
-    def _open(self, compiled: Path | None) -> Any:
-        """An execution context. TensorRT-RTX compiles kernels; the file saves that to the next process."""
+    def _open(self, compiled: Path | None) -> rt.IExecutionContext:
+        """An execution context without memory. TensorRT-RTX compiles kernels, which the file saves the next process."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context: rt.IExecutionContext | None
         if compiled is None:
-            context = self._engine.create_execution_context()
+            context = self._engine.create_execution_context(strategy)
         else:
-            settings = self._engine.create_runtime_config()
+            settings: Any = self._engine.create_runtime_config()  # the stubs' has no cache: TensorRT-RTX alone does
+            settings.set_execution_context_allocation_strategy(strategy)
             cache = settings.create_runtime_cache()
             if compiled.is_file() and not cache.deserialize(compiled.read_bytes()):
                 log.info("%s is of another driver or version; kernels are compiled again", compiled)
@@ -283,3 +379,14 @@ class TensorRtEngine:
         if context is None:
             raise EngineError(f"no execution context: {self._log.why()}")
         return context
+
+
+def _kernels() -> str:
+    """Hash of what our kernels are compiled from, and of the compiler's version."""
+    here = Path(kernels.__file__).parent
+    names = [f"{name}.py" for name in ("aot", "attention", "group_norm", "sites", "variant")]
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return hashlib.sha256(json.dumps([triton, hash_files(here, names)], sort_keys=True).encode()).hexdigest()[:12]

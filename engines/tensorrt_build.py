@@ -1,37 +1,30 @@
-"""Building a TensorRT plan in a process of its own.
-
-The library crashes on some graphs (TensorRT-RTX 1.7.1: one tensor as query, key and value), asks nobody whether to go
-on for most of a build (half a minute at Stable Diffusion 1.5's size), and holds several times the weights in memory.
-A child that can be killed makes these an EngineError, a Ctrl-C at once, and memory that is given back.
-
-`build` is called by the backend and starts the child, `main`, which reads one request from stdin and writes JSON
-messages, one a line.
-"""
+"""Building one TensorRT plan: parse, configure, build, say what came out. `build` runs in a child process."""
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
+import contextlib
 import functools
 import json
+import math
 import os
 import re
 import resource
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from engines.spec import EngineError
 
+if TYPE_CHECKING:
+    import tensorrt as rt
+
 PLAN, ABOUT = "engine.plan", "tensorrt.json"
-CHILD = "from engines.tensorrt_build import main; main()"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+KINDS = {"attention": "Attention", "norm": "GroupNormalization"}
+"""Kind of site that can be a plugin node → the operator that is one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,9 @@ class Request:
     """What to build. flavour: of `engines.BACKENDS`. inputs, outputs: name → static shape. arch: such as "sm_89".
 
     gpu: number of the GPU to build on, None where it is not needed. timing_cache: file to read and write, or "".
+    plugins: kinds of sites that become plugin nodes ("attention", "norm") wherever our kernels can do them, with at
+    most `max_shared` bytes of shared memory; optional: build nothing where no site can.
+    tolerance: relative RMS that two builds may differ by.
     """
 
     flavour: str
@@ -53,77 +49,32 @@ class Request:
     optimization_level: int | None
     workspace: int | None
     timing_cache: str
+    plugins: tuple[str, ...] = ()
+    max_shared: int | None = None
+    optional: bool = False
+    tolerance: float = math.inf
 
 
-def build(request: Request) -> None:
-    """Write PLAN and ABOUT into the request's directory. Raises EngineError for a graph that TensorRT refuses."""
-    from tqdm import tqdm
+def build(asked: Mapping[str, Any], tell: IO[str]) -> bool:
+    """Write PLAN and ABOUT into the directory of `asked`, a Request in JSON; returns whether it did.
 
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    with (tempfile.TemporaryFile("w+", errors="replace") as noise,
-          tqdm(total=100, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}", leave=False, disable=None) as bar,
-          subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise,
-                           text=True, env=environment,
-                           start_new_session=True) as child):  # of its own, so that Ctrl-C reaches us alone
-        try:
-            error = _follow(child, request, bar)
-        finally:
-            child.kill()
-        if error == "":
-            return
-        noise.seek(0)
-        raise EngineError(error or f"{request.flavour} could not build {request.onnx}: the builder died "
-                          f"({_ending(child.wait())}): {' '.join(noise.read().split())[-500:] or 'it said nothing'}; "
-                          "free memory (it takes three to four times the weights), or use another backend")
-
-
-def _follow(child: subprocess.Popen[str], request: Request, bar: Any) -> str | None:
-    """Show the child's progress; returns its error, "" where it is done, None where it ended without a word."""
-    assert child.stdin and child.stdout
-    try:
-        with child.stdin:
-            json.dump(dataclasses.asdict(request), child.stdin)
-    except BrokenPipeError:
-        child.wait()
-        return None
-    for line in child.stdout:
-        message = json.loads(line)
-        if "error" in message:
-            return str(message["error"])
-        bar.set_description(message["phase"], refresh=False)
-        bar.n = message["percent"]
-        bar.refresh()  # at once: the phase that begins may say nothing for long
-    return "" if child.wait() == 0 else None
-
-
-def _ending(status: int) -> str:
-    return f"status {status}" if status >= 0 else signal.Signals(-status).name
-
-
-def main() -> None:
-    """The child: one request from stdin, messages to stdout. What the library itself prints goes to stderr."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    tell = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    request = json.load(sys.stdin)
-    try:
-        _build(Request(**{**request, "flags": tuple(request["flags"])}), tell)
-    except EngineError as e:
-        print(json.dumps({"error": str(e)}), file=tell)
-
-
-def _build(request: Request, tell: IO[str]) -> None:
+    Runs in a child process. Raises EngineError for a graph that TensorRT refuses.
+    """
     start = time.perf_counter()
+    request = Request(**{**asked, "flags": tuple(asked["flags"]), "plugins": tuple(asked["plugins"])})
     if request.gpu is not None:
         from engines.gpu import select
 
         select(request.gpu)
-    trt = _flavour(request.flavour).vendor()
-    log = logger(trt)
-    builder = trt.Builder(log)
+    trt = vendor(request.flavour)
+    said = logger(trt)
+    builder: rt.Builder | None = trt.Builder(said)
     if builder is None:
-        raise EngineError(f"{request.flavour}: no builder: {log.why()}")
-    network = _parse(trt, log, builder, request)
+        raise EngineError(f"{request.flavour}: no builder: {said.why()}")
+    model, sites = _with_plugins(trt, request)
+    if request.optional and model is None:
+        return False
+    network = _parse(trt, said, builder, request, model)
     attentions = _decomposable(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, request)
@@ -132,32 +83,68 @@ def _build(request: Request, tell: IO[str]) -> None:
     cache = _timing_cache(config, request)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{request.flavour} could not build {request.onnx} for {request.arch}: {log.why()}"
+        raise EngineError(f"{request.flavour} could not build {request.onnx} for {request.arch}: {said.why()}"
                           f"{_refit_hint(request)}")
     with open(Path(request.directory) / PLAN, "wb") as file:
         file.write(plan)
     if cache is not None:
         write_whole(Path(request.timing_cache), config.get_timing_cache().serialize())
     about = {"library": {request.flavour: trt.__version__}, "arch": request.arch, "flags": request.flags,
-             "layers": network.num_layers, "attentions": attentions, "plan_bytes": plan.nbytes, "memory": log.memory,
-             **(_inspect(trt, log, plan) if request.gpu is not None else {}), "warnings": log.warnings,
+             "layers": network.num_layers, "attentions": attentions, "sites": sites, "max_shared": request.max_shared,
+             "plan_bytes": plan.nbytes, "memory": said.memory, "warnings": said.warnings,
              "build_seconds": round(time.perf_counter() - start, 3),
              "build_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     (Path(request.directory) / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf8")
+    return True
 
 
-def _flavour(name: str) -> Any:
+def _with_plugins(trt: Any, request: Request) -> tuple[bytes | None, dict[str, dict[str, int]]]:
+    """(the graph with plugin nodes, None for the file as it is; kind → how many sites are which)."""
+    if not request.plugins:
+        return None, {}
+    if missing := [name for name in ("torch", "triton", "onnx_ir", "onnxscript") if find_spec(name) is None]:
+        raise EngineError(f"our kernels as plugins: {', '.join(missing)} missing while they are built; run: pip "
+                          f"install {' '.join(missing)}, or pass --attention native --norm native")
+    from engines import plugin_passes, plugins
+    from kernels.artefact import KernelError, arch_for
+
+    arch = int(request.arch.removeprefix("sm_"))
+    try:
+        arch_for(arch)
+    except KernelError as e:
+        raise EngineError(f"our kernels as plugins: {e}; pass --attention native --norm native") from e
+
+    def fits(name: str, tensors: Any, site: str) -> bool:
+        """Compiles it, so that the plugin finds it in the cache."""
+        with contextlib.suppress(KernelError):
+            plugins.code(name, tensors, site, arch, request.max_shared)
+            return True
+        return False
+
+    model, sites = plugin_passes.rewritten(Path(request.onnx), request.inputs, request.plugins, arch, fits)
+    if not any(count["plugin"] for count in sites.values()):
+        return None, sites
+    plugins.register(trt, backend(request.flavour).plugins(), arch, request.max_shared)
+    return model, sites
+
+
+def vendor(flavour: str) -> Any:
+    """The package of one of the flavours, as `engines.tensorrt` imports it."""
+    return backend(flavour).vendor()
+
+
+def backend(flavour: str) -> Any:
     import engines
 
-    return engines.backend(name)
+    return engines.backend(flavour)
 
 
-def _parse(trt: Any, log: Any, builder: Any, request: Request) -> Any:
-    """The network of the ONNX file at static shapes."""
+def _parse(trt: Any, log: Any, builder: rt.Builder, request: Request, model: bytes | None) -> rt.INetworkDefinition:
+    """The network of the ONNX file, or of `model` with the file's weights, at static shapes."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # always so from TensorRT 11 on
     network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(request.onnx):
+    parser: rt.OnnxParser = trt.OnnxParser(network, log)
+    if not (parser.parse_from_file(request.onnx) if model is None else parser.parse(model, request.onnx)):
         errors = [parser.get_error(n) for n in range(parser.num_errors)]
         raise EngineError(f"{request.flavour} cannot read {request.onnx}: "
                           + ("; ".join(map(_parse_error, errors[:3])) or log.why())
@@ -165,7 +152,7 @@ def _parse(trt: Any, log: Any, builder: Any, request: Request) -> Any:
     for n in range(network.num_inputs):
         tensor = network.get_input(n)
         if tensor.name in request.inputs:
-            tensor.shape = request.inputs[tensor.name]
+            tensor.shape = trt.Dims(request.inputs[tensor.name])
     inputs, outputs = (_shapes(get, count) for get, count in ((network.get_input, network.num_inputs),
                                                               (network.get_output, network.num_outputs)))
     for kind, found, expected in (("inputs", inputs, request.inputs), ("outputs", outputs, request.outputs)):
@@ -175,16 +162,20 @@ def _parse(trt: Any, log: Any, builder: Any, request: Request) -> Any:
     return network
 
 
-def _shapes(get: Callable[[int], Any], count: int) -> dict[str, tuple[int, ...]]:
-    return {tensor.name: tuple(tensor.shape) for tensor in map(get, range(count))}
+def _shapes(get: Callable[[int], rt.ITensor], count: int) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: dims(tensor.shape) for tensor in map(get, range(count))}
 
 
-def _parse_error(error: Any) -> str:
+def dims(shape: rt.Dims) -> tuple[int, ...]:
+    return tuple(shape[n] for n in range(len(shape)))
+
+
+def _parse_error(error: rt.ParserError) -> str:
     node = f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
     return f"{node}{error.code().name}: {error.desc()}"
 
 
-def _decomposable(trt: Any, network: Any) -> int:
+def _decomposable(trt: Any, network: rt.INetworkDefinition) -> int:
     """Allow every attention to become several kernels where no fused one exists; returns how many attentions there are.
 
     Otherwise such a site (a causal one in fp32, say) fails the build.
@@ -192,7 +183,7 @@ def _decomposable(trt: Any, network: Any) -> int:
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # TensorRT 10.14
     count = 0
     for n in range(network.num_layers if kind is not None else 0):
-        layer = network.get_layer(n)
+        layer: Any = network.get_layer(n)
         if layer.type == kind:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to reach what only this type has
             layer.attention.decomposable = True
@@ -200,21 +191,23 @@ def _decomposable(trt: Any, network: Any) -> int:
     return count
 
 
-def _configure(trt: Any, config: Any, request: Request) -> None:
+def _configure(trt: Any, config: rt.IBuilderConfig, request: Request) -> None:
     for name in request.flags:
         config.set_flag(getattr(trt.BuilderFlag, name))
     if not request.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names the kernels; contexts turn its NVTX marks off
     if request.optimization_level is not None:
         config.builder_optimization_level = request.optimization_level
     if request.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace << 20)
     if hasattr(trt, "ComputeCapability"):  # TensorRT-RTX; the other builds for the GPU it runs on
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, request.arch.replace("_", "").upper()), 0)
+        rtx: Any = config
+        rtx.num_compute_capabilities = 1
+        rtx.set_compute_capability(getattr(trt.ComputeCapability, request.arch.replace("_", "").upper()), 0)
 
 
-def _timing_cache(config: Any, request: Request) -> Any:
+def _timing_cache(config: rt.IBuilderConfig, request: Request) -> rt.ITimingCache | None:
     """Measured tactics of earlier builds, so that the next takes the same ones and less time."""
     if not request.timing_cache:
         return None
@@ -228,14 +221,6 @@ def _refit_hint(request: Request) -> str:
         return ""
     return ("; a plan that can be refitted or is stripped needs a GPU while it is built: build it on the machine that "
             "runs it, or leave out the options refit and stripped")
-
-
-def _inspect(trt: Any, log: Any, plan: Any) -> dict[str, Any]:
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
-    if engine is None:
-        return {"opened": log.why()}
-    return {"engine_layers": engine.num_layers, "device_memory_bytes": engine.device_memory_size_v2,
-            "refittable": sorted(trt.Refitter(engine, log).get_all_weights()) if engine.refittable else []}
 
 
 def write_whole(file: Path, data: Any) -> None:

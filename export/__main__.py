@@ -11,6 +11,7 @@ from pathlib import Path
 import engines
 from engines.bundle import Bundle
 from engines.interrupt import interruptible
+from engines.kernel_options import add_kernel_options, kernel_options
 from engines.options import picture_size, positive
 from engines.spec import DTYPES, EngineConfig, EngineError
 from export import FAMILIES, ExportError, export
@@ -55,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> Bundle:
-    build = options.backend or ("auto" if options.size or options.batch else "none")
+    own = kernel_options(options)
+    build = options.backend or ("auto" if options.size or options.batch or own else "none")
     dtype = options.dtype if options.dtype != "auto" else "fp16" if options.gpu else "fp32"
     device = "cpu"
     if build != "none":  # before the long part: a missing backend, or a GPU it has no code for, shows at once
@@ -63,16 +65,17 @@ def _run(options: argparse.Namespace) -> Bundle:
 
         engine, computes, device, why = choose(build, options.dtype, device=options.gpu or "auto",
                                                build=options.gpu is not None)
+        graph = computes if device == "cpu" else dtype
+        engines.backend(engine).versions(EngineConfig(engine, graph, device=device, options=own))
         if device != "cpu":
             computes = "auto"  # as each graph is: XL's VAE is bf16 in an fp16 bundle
-            engines.backend(engine).versions(EngineConfig(engine, dtype, device=device))
         if build == "auto" and not options.quiet:
             print(f"auto: {engine} {computes} on {device}: {why}", file=sys.stderr)
     bundle = export(options.checkpoint, options.output, force=options.force, progress=not options.quiet, dtype=dtype,
                     config=options.config, tokenizer=options.tokenizer)
     if build != "none":
         engines.build_all(bundle, engine, sizes=options.size or (), batches=options.batch or (1,), dtype=computes,
-                          device=device)
+                          device=device, options=own)
     return bundle
 
 
@@ -96,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--size", nargs="+", type=picture_size, metavar="HxW",
                        help="picture sizes (default: the model's own)")
     group.add_argument("--batch", nargs="+", type=positive, metavar="N", help="pictures at a time (default: 1)")
+    add_kernel_options(group)
     parser.add_argument("--gpu", type=_gpu, metavar="ARCH", help="the GPU that will run it, such as sm_90")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what is decided, and tracebacks")

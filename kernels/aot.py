@@ -268,7 +268,38 @@ def _work(op: str, name: str, arch: int, source: str) -> bytes:
     """Compile one variant whose source has this hash; returns its entry of the cache."""
     if variants_of(op)[name].kernel.cache_key != source:
         raise KernelError(f"kernels/{op}.py changed meanwhile; build again")
-    artefact, code = compile_variant(variants_of(op)[name], arch)
+    return _archive(*compile_variant(variants_of(op)[name], arch))
+
+
+def compile_site(variant: Variant, arch: int, cache: Path | None = None) -> tuple[Artefact, bytes]:
+    """One variant that `plan` does not know, compiled in this process where the cache does not have it.
+
+    Returns its signature, and its PTX: none where it needs more shared memory than a block of `arch` has. Raises
+    KernelError where it cannot be compiled.
+    """
+    import triton
+    from triton import knobs
+
+    if arch not in ARCHS or not isinstance(variant.kernel, triton.JITFunction):
+        raise KernelError(f"{variant.name}: got sm_{arch} and {type(variant.kernel).__name__}, expected one of "
+                          f"{', '.join(map(str, ARCHS))} and a kernel that Triton compiles; unset TRITON_INTERPRET")
+    cache, digest = cache or default_cache(), key(variant, arch)
+    if (entry := _cached(cache, digest)) is None:
+        with knobs.compilation.scope():
+            knobs.compilation.disable_line_info = True
+            try:
+                _store(cache, digest, _archive(*compile_variant(variant, arch)))
+            except (RuntimeError, ValueError, triton.CompilationError) as e:  # the compiler's, or a KernelError
+                raise KernelError(f"{variant.name} for sm_{arch}: could not be compiled: {e}") from e
+        entry = _cached(cache, digest)
+    if entry is None:
+        raise KernelError(f"{_entry(cache, digest)} vanished while building; build again")
+    artefact = Artefact.from_json(json.loads(entry["signature.json"]), _entry(cache, digest))
+    return artefact, entry.get("ptx", b"")
+
+
+def _archive(artefact: Artefact, code: Mapping[str, bytes]) -> bytes:
+    """The entry of the cache for what `compile_variant` made."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("signature.json", json.dumps(artefact.to_json(), indent=1) + "\n")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 
 from kernels.checks import DTYPES, OLDEST, arch_of, archs_of, check_dtype, check_output, check_shape, check_tensors
-from kernels.traced import open_on_gpu, traceable
-from kernels.variant import Variant
+from kernels.traced import open_on_gpu
+from kernels.variant import Launch, Variant
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,
@@ -176,6 +176,21 @@ def _constants(cfg: Config, head_dim: int, align: int, causal: bool) -> dict[str
             "ALIGN": align, "CAUSAL": causal, "PRECISION": cfg.precision}
 
 
+def plan(cfg: Config, shape: Sequence[int], n_k: int, strides: Sequence[Sequence[int]], scale: float | None = None,
+         causal: bool = False) -> Launch:
+    """The launch of q [B, N_q, H, D] = `shape` with n_k keys, cut by `cfg`; its pointers are q, k, v and out.
+
+    strides: elements from one batch entry, token and head to the next, of q, k and v.
+    """
+    batch, n_q, heads, head_dim = shape
+    flat = {f"stride_{t}{axis}": s for t, tensor in zip("qkv", strides, strict=True)
+            for axis, s in zip("bnh", tensor, strict=True)}
+    return Launch(
+        _attention_kernel, (triton.cdiv(n_q, cfg.block_m), heads, batch),
+        {"n_q": n_q, "n_k": n_k, **flat, "scale": (head_dim ** -0.5 if scale is None else scale) * math.log2(math.e)},
+        _constants(cfg, head_dim, math.gcd(16, *flat.values()), causal), cfg.num_warps, cfg.num_stages)
+
+
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float | None = None,
            causal: bool = False) -> None:
     """Run the Triton kernel: `attention`, written into `out` [B, N_q, H, D], contiguous, of q's dtype.
@@ -185,12 +200,8 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
     _check(q, k, v, scale, causal)
     check_output("attention", _attention_kernel, out, q, q.shape)
     batch, n_q, heads, head_dim = q.shape
-    n_k, strides = k.shape[1], [s for t in (q, k, v) for s in t.stride()[:3]]
-    cfg = config(batch, heads, n_q, n_k, head_dim, DTYPES[q.dtype], arch_of(q))
-    traceable(_attention_kernel, out)[(triton.cdiv(n_q, cfg.block_m), heads, batch)](
-        q, k, v, out, n_q, n_k, *strides, (head_dim ** -0.5 if scale is None else scale) * math.log2(math.e),
-        **_constants(cfg, head_dim, math.gcd(16, *strides), causal),
-        num_warps=cfg.num_warps, num_stages=cfg.num_stages)
+    cfg = config(batch, heads, n_q, k.shape[1], head_dim, DTYPES[q.dtype], arch_of(q))
+    plan(cfg, q.shape, k.shape[1], [t.stride()[:3] for t in (q, k, v)], scale, causal)(q, k, v, out)
 
 
 def variants() -> Iterator[Variant]:

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 
 from kernels.checks import OLDEST, archs_of, check_contiguous, check_dtype, check_output, check_shape, check_tensors
-from kernels.traced import open_on_gpu, traceable
-from kernels.variant import Variant
+from kernels.traced import open_on_gpu
+from kernels.variant import Launch, Variant
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float,
@@ -250,6 +250,40 @@ def split_config(images: int, positions: int, channels: int, per_group: int, cha
     return Config(cols, rows, wide, groups, triton.cdiv(triton.cdiv(positions, chunks), rows) * rows, 8)
 
 
+def plan(images: int, positions: int, channels: int, groups: int, eps: float, silu: bool,
+         channels_last: bool) -> tuple[Launch, ...]:
+    """The launches of one shape: of a group in registers one, with the pointers x, weight, bias and out.
+
+    Of a larger one two: statistics (x, parts; see `parts_shape`) and (x, weight, bias, parts, out).
+    """
+    per_group = channels // groups
+    if cfg := whole_config(positions, per_group, channels_last):
+        scalars = {"positions": positions, "channels": channels, "per_group": per_group, "cols": cfg.cols,
+                   "silu": int(silu), "eps": eps}
+        return (Launch(_whole_kernel, (triton.cdiv(channels, cfg.cols), 1, images), scalars,
+                       _constants(cfg, channels_last), cfg.num_warps, 1),)
+    # Channels-first, a group is one run of values: for its statistics, a single channel of that many positions.
+    run, members = (positions, per_group) if channels_last else (positions * per_group, 1)
+    cfg = split_config(images, run, groups * members, members, channels_last)
+    parts = triton.cdiv(run, cfg.chunk)
+    statistics = Launch(
+        _statistics_kernel, (triton.cdiv(groups * members, cfg.cols), parts, images),
+        {"positions": run, "channels": groups * members, "per_group": members, "cols": cfg.cols, "chunk": cfg.chunk},
+        _constants(cfg, channels_last), cfg.num_warps, 1)
+    cfg = split_config(images, positions, channels, per_group, channels_last)
+    normalise = Launch(
+        _normalise_kernel, (triton.cdiv(channels, cfg.cols), triton.cdiv(positions, cfg.chunk), images),
+        {"positions": positions, "channels": channels, "per_group": per_group, "cols": cfg.cols, "chunk": cfg.chunk,
+         "parts": parts, "silu": int(silu), "eps": eps},
+        {"PARTS": PARTS, **_constants(cfg, channels_last)}, cfg.num_warps, 1)
+    return statistics, normalise
+
+
+def parts_shape(images: int, groups: int, statistics: Launch) -> tuple[int, int, int, int]:
+    """Of what the statistics of a split group come in: [images, (n, mean, M2), groups, parts], float32."""
+    return images, 3, groups, statistics.grid[1]
+
+
 def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor, groups: int, eps: float,
            silu: bool = False) -> None:
     """Run the Triton kernels: `group_norm`, written into `out`, which has x's shape, dtype and strides.
@@ -259,22 +293,14 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch
     _check(x, weight, bias, groups)
     check_output("group_norm", _whole_kernel, out, x, x.shape, x.stride())
     images, channels = x.shape[:2]
-    positions, per_group, last = x.numel() // (images * channels), channels // groups, _channels_last(x)
-    if cfg := whole_config(positions, per_group, last):
-        traceable(_whole_kernel, out)[(triton.cdiv(channels, cfg.cols), 1, images)](
-            x, weight, bias, out, positions, channels, per_group, cfg.cols, int(silu), eps,
-            **_constants(cfg, last), num_warps=cfg.num_warps)
+    *statistics, last = plan(images, x.numel() // (images * channels), channels, groups, eps, silu, _channels_last(x))
+    if not statistics:
+        last(x, weight, bias, out)
         return
-    # Channels-first, a group is one run of values: for its statistics, a single channel of that many positions.
-    run, members = (positions, per_group) if last else (positions * per_group, 1)
-    cfg = split_config(images, run, groups * members, members, last)
-    parts = torch.empty(images, 3, groups, triton.cdiv(run, cfg.chunk), dtype=torch.float32, device=x.device)
-    traceable(_statistics_kernel, out)[(triton.cdiv(groups * members, cfg.cols), parts.shape[3], images)](
-        x, parts, run, groups * members, members, cfg.cols, cfg.chunk, **_constants(cfg, last), num_warps=cfg.num_warps)
-    cfg = split_config(images, positions, channels, per_group, last)
-    traceable(_normalise_kernel, out)[(triton.cdiv(channels, cfg.cols), triton.cdiv(positions, cfg.chunk), images)](
-        x, weight, bias, parts, out, positions, channels, per_group, cfg.cols, cfg.chunk, parts.shape[3], int(silu),
-        eps, PARTS=PARTS, **_constants(cfg, last), num_warps=cfg.num_warps)
+    shape = parts_shape(images, groups, statistics[0])
+    parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    statistics[0](x, parts)
+    last(x, weight, bias, parts, out)
 
 
 def _constants(cfg: Config, channels_last: bool) -> dict[str, int | float | bool | str]:

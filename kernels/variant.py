@@ -1,4 +1,4 @@
-"""What the ahead-of-time build compiles: one Triton kernel with its types and block sizes fixed."""
+"""What is launched and what the ahead-of-time build compiles: one Triton kernel with its block sizes fixed."""
 
 from __future__ import annotations
 
@@ -29,3 +29,26 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 2
     archs: tuple[int, ...] = ARCHS
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch for one shape: everything that the kernel is given beside its pointers, which come first.
+
+    grid: programs along x, y and z. scalars: the value of every argument that is neither pointer nor constexpr.
+    kernel, constants, num_warps, num_stages: as in `Variant`.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    scalars: Mapping[str, int | float]
+    constants: Mapping[str, int | float | bool | str]
+    num_warps: int
+    num_stages: int
+
+    def __call__(self, *pointers: Any) -> None:
+        """Launch it on tensors, in the kernel's order, what is written last."""
+        from kernels.traced import traceable
+
+        traceable(self.kernel, pointers[-1])[self.grid](
+            *pointers, **self.scalars, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)

@@ -3,11 +3,14 @@
 What needs a GPU is marked so, for both flavours.
 """
 
+import ast
 import contextlib
 import dataclasses
 import json
+import operator
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -23,13 +26,14 @@ from onnx import helper
 
 import engines
 from engines import __main__ as cli
-from engines import store, verify
+from engines import store, tensorrt_choice, verify
 from engines.buffers import device_address
 from engines.bundle import Bundle
 from engines.choice import choose
+from engines.gpu import Memory
 from engines.spec import EngineConfig, EngineError
 from engines.tensorrt import ENTERPRISE, RTX, Options
-from engines.tensorrt_build import ABOUT, PLAN, logger, write_whole
+from engines.tensorrt_build import ABOUT, PLAN, Request, _parse, logger, write_whole
 from export.__main__ import main as export_main
 from tests import tiny
 from tests.conftest import why_no_gpu
@@ -146,7 +150,7 @@ def test_options_become_builder_flags():
 
 
 @pytest.mark.parametrize(("rest", "message"), [
-    ({"options": {"fp16": "true"}}, "got option 'fp16', expected one of refit, stripped, optimization_level, works"),
+    ({"options": {"fp16": "true"}}, "got option 'fp16', expected one of attention, norm, refit, stripped, opt"),
     ({"options": {"refit": "yes"}}, "option refit: got 'yes', expected true or false"),
     ({"options": {"optimization_level": 6}}, "option optimization_level: got 6, expected 0 to 5"),
     ({"options": {"workspace": "0"}}, "option workspace: got '0', expected MiB, at least 1"),
@@ -185,6 +189,52 @@ def test_a_graph_it_cannot_read_names_file_and_node(bundle, tmp_path):
     assert not (tmp_path / PLAN).exists()
 
 
+def test_a_graph_in_memory_finds_its_weights_beside_the_file(bundle):
+    """So that a graph with plugin nodes need not be written, nor its weights copied."""
+    own = config(bundle)
+    shapes = [{s.name: tuple(map(int, s.resolve(own.dims).shape)) for s in specs}
+              for specs in (bundle.component("unet").inputs, bundle.component("unet").outputs)]
+    file = bundle.path / "unet.onnx"
+    trt = RTX.vendor()
+    request = Request("tensorrt-rtx", str(file), *shapes, "", "sm_89", None, False, (), None, None, "")
+    builder = trt.Builder(logger(trt))
+    counts = [_parse(trt, logger(trt), builder, request, model).num_layers for model in (None, file.read_bytes())]
+    assert counts[0] == counts[1] > 0
+    os.remove(bundle.path / "unet.onnx.data")
+    with pytest.raises(EngineError, match=r"cannot read .*unet.onnx"):
+        _parse(trt, logger(trt), builder, request, file.read_bytes())
+
+
+@without_gpu
+def test_a_build_with_plugins_that_fails_leaves_the_other(bundle, tmp_path, monkeypatch):
+    """TensorRT-RTX has none, which shows after the kernel of the site has been compiled."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    own = config(bundle)
+    shapes = [{s.name: tuple(map(int, s.resolve(own.dims).shape)) for s in specs}
+              for specs in (bundle.component("unet").inputs, bundle.component("unet").outputs)]
+    request = Request("tensorrt-rtx", str(bundle.path / "unet.onnx"), *shapes, str(tmp_path), "sm_89", None, False, (),
+                      None, None, "")
+    tensorrt_choice.build(request, {"norm": "auto", "attention": "native"})
+    about = RTX.details(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [PLAN, ABOUT]
+    assert about["kernels"] == {"attention": {"asked": "native", "used": "native"},
+                                "norm": {"asked": "auto", "used": "native"}}
+    assert list(about["failed"]) == ["norm"] and "got no plugins in Python" in about["failed"]["norm"]
+    assert about["timings"] == []
+
+
+def test_names_of_tensorrt_are_those_of_the_library():
+    """Every `trt.Name.NAME` in the source is in a library of TensorRT 11's interface: nothing removed is used."""
+    trt, found = RTX.vendor(), set()
+    for file in sorted((ROOT / "engines").glob("tensorrt*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf8"))):
+            if isinstance(node, ast.Attribute):
+                found |= {*re.findall(r"^(?:self\._)?trt\.([\w.]+)$", ast.unparse(node))}
+    assert {"ILogger.__init__", "TensorIOMode.OUTPUT", "ExecutionContextAllocationStrategy.USER_MANAGED"} <= found
+    for name in found:
+        assert operator.attrgetter(name)(trt) is not None, name
+
+
 def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle, tmp_path):
     with pytest.raises(EngineError, match=r"graph outputs of .*got \{'other': \(2, 4, 8, 8\)\}, expected \{'noise"):
         build_graph(tmp_path, bundle, [helper.make_node("Relu", ["sample"], ["other"])], outputs=["other"])
@@ -192,7 +242,7 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle, tmp_path)
 
 def test_a_crash_of_the_library_is_an_error(bundle):
     """One tensor as query, key and value ends TensorRT-RTX 1.7.1 with a segmentation fault."""
-    with pytest.raises(EngineError, match=r"could not build .*text_encoder.onnx: the builder died \(SIGSEGV\)"):
+    with pytest.raises(EngineError, match=r"could not build .*text_encoder.onnx: the process died \(SIGSEGV\)"):
         engines.build(bundle, "text_encoder", config(bundle, "text_encoder"))
     assert os.listdir(bundle.path / "engines") == []
 
@@ -359,3 +409,48 @@ def test_refit_changes_weights_and_back(bundle, name):
     np.testing.assert_allclose(verify.run(engine, feed)["noise_pred"], 2 * before, rtol=1e-3, atol=1e-4)
     engine.refit({"conv_out.weight": old})
     np.testing.assert_allclose(verify.run(engine, feed)["noise_pred"], before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["attention", "norm"])
+def test_our_kernels_as_plugins_equal_the_reference(bundles, tmp_path, kind):
+    for_this_gpu("tensorrt")
+    bundle = Bundle.open(shutil.copytree(bundles["sd2"], tmp_path / "sd2", ignore=shutil.ignore_patterns("engines")))
+    options = {"attention": "native", "norm": "native"} | {kind: "plugin"}
+    path = engines.build(bundle, "unet", config(bundle, backend="tensorrt", device="cuda:0", options=options))
+    about = ENTERPRISE.details(path)
+    assert about["kernels"][kind] == {"asked": "plugin", "used": "plugin"} and about["sites"][kind]["plugin"] > 0
+    check = store.Record.read(path, "").check
+    assert check is not None and check.rel_rms < verify.TOLERANCE["fp32"]
+
+
+@pytest.mark.gpu
+def test_auto_times_every_build_and_says_what_is_inside(bundles, tmp_path):
+    for_this_gpu("tensorrt")
+    bundle = Bundle.open(shutil.copytree(bundles["sd2"], tmp_path / "sd2", ignore=shutil.ignore_patterns("engines")))
+    path = engines.build(bundle, "vae_decoder", config(bundle, "vae_decoder", backend="tensorrt", device="cuda:0"))
+    about = ENTERPRISE.details(path)
+    assert not about["failed"] and {len(t["plugins"]) for t in about["timings"]} >= {0, 1}
+    best = min(about["timings"], key=lambda t: t["seconds"])
+    assert {kind for kind, used in about["kernels"].items() if used["used"] == "plugin"} == set(best["plugins"])
+    assert any(layer["kernel"] for layer in about["engine_layers"])
+    assert sum(layer["milliseconds"] or 0 for layer in about["engine_layers"]) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_engines_share_a_workspace(bundle, name):
+    for_this_gpu(name)
+    opened = [engines.load(bundle, part, config(bundle, part, backend=name, device="cuda:0"))
+              for part in ("unet", "vae_decoder")]
+    feeds = [verify.inputs(engine.inputs.values(), 3) for engine in opened]
+    alone = [verify.run(engine, feed) for engine, feed in zip(opened, feeds, strict=True)]
+    block = Memory(0, max(1, *(engine.workspace_bytes for engine in opened)))
+    for engine in opened:
+        engine.use_workspace(block)
+    for _ in range(2):
+        for engine, feed, expected in zip(opened, feeds, alone, strict=True):
+            for output, value in verify.run(engine, feed).items():
+                np.testing.assert_array_equal(value, expected[output])
+    with pytest.raises(EngineError, match="workspace"):
+        opened[0].use_workspace(block.handle + 1)
