@@ -91,7 +91,8 @@ def _attention(graph: Any, node: Any, arch: int, fits: Fits | None) -> bool:
     values, heads = node.inputs[:3], _attribute(node, "q_num_heads", 0)
     shapes = [_shape(value) for value in values]
     if (any(value is not None for value in node.inputs[3:]) or _attribute(node, "softcap", 0.0)
-            or any(value.uses() for value in node.outputs[1:]) or node.outputs[0].is_graph_output()
+            or any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+            or node.outputs[0].is_graph_output()
             or heads != _attribute(node, "kv_num_heads", 0) or {*map(len, shapes)} != {3 if heads else 4}):
         return False
     split = [(s[0], s[1], heads, s[2] // heads) if heads else (s[0], s[2], s[1], s[3]) for s in shapes]
