@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+import engines
 from benchmarks import limits
 from benchmarks.turns import Job
 from engines import Bundle, EngineConfig
@@ -33,10 +34,16 @@ def inputs(job: Job) -> dict[str, np.ndarray]:
     return arrays
 
 
-def config_of(job: Job, bundle: Bundle, backend: str, dtype: str, **rest: Any) -> EngineConfig:
-    """The config of our engine for a job."""
-    return bundle.config(job.component, backend=backend, dtype=dtype, batch=rows(job), height=job.height,
-                         width=job.width, **rest)
+def engines_of(job: Job, bundle: Bundle, backend: str, dtype: str, *, whole: bool = False,
+               **rest: Any) -> dict[str, EngineConfig]:
+    """What our engines of a job are: component → config, the one that is timed last.
+
+    A UNet in parts has text and time before it, which run once, as the runtime runs them. whole: not in parts.
+    """
+    parts = job.component == "unet" and not whole and engines.in_parts(bundle, backend)
+    names = ("unet_text", "unet_time", "unet_body") if parts else (job.component,)
+    return {name: bundle.config(name, backend=backend, dtype=dtype, batch=rows(job), height=job.height,
+                                width=job.width, **rest) for name in names}
 
 
 def configure_compiler(job: Job) -> None:

@@ -9,28 +9,30 @@ from typing import Any
 import numpy as np
 
 import engines
-from benchmarks.given import config_of, configure_compiler, freeze, inputs, torch_module
+from benchmarks.given import configure_compiler, engines_of, freeze, inputs, torch_module
 from benchmarks.turns import Contender, Job
 from engines import Bundle
 
 Call = Callable[[], np.ndarray]
 
 
-def ours(backend: str, dtype: str, **options: Any) -> Contender:
-    """Our engine of one backend and precision on a CPU. options: of its config."""
-    return Contender(partial(_ours, backend, dtype, options), keeps=True, backend=backend, dtype=dtype)
+def ours(backend: str, dtype: str, *, whole: bool = False, **options: Any) -> Contender:
+    """Our engine of one backend and precision on a CPU. whole: never in parts. options: of its config."""
+    return Contender(partial(_ours, backend, dtype, whole, options), keeps=True, backend=backend, dtype=dtype)
 
 
-def _ours(backend: str, dtype: str, options: Mapping[str, Any], job: Job) -> Call:
+def _ours(backend: str, dtype: str, whole: bool, options: Mapping[str, Any], job: Job) -> Call:
     from runtime.buffers import BoundEngine
 
     bundle, feed = Bundle.open(job.bundle), inputs(job)
-    config = config_of(job, bundle, backend, dtype, options=options)
-    if job.fresh:
-        engines.build(bundle, job.component, config, rebuild=True)
-    engine = BoundEngine(engines.load(bundle, job.component, config))
+    for name, config in engines_of(job, bundle, backend, dtype, whole=whole, options=options).items():
+        if job.fresh:
+            engines.build(bundle, name, config, rebuild=True)
+        engine = BoundEngine(engines.load(bundle, name, config))
+        given = {name: feed[name] for name in engine.engine.inputs}
+        feed |= {name: array.copy() for name, array in engine(**given).items()}
     output, = engine.engine.outputs
-    return _warm(lambda: engine(**feed)[output].copy())
+    return lambda: engine(**given)[output].copy()
 
 
 def _openvino(precision: str, job: Job) -> Call:
@@ -87,8 +89,10 @@ CONTENDERS = {
     "openvino-bf16": Contender(partial(_openvino, "bf16")),
     "diffusers-bf16": Contender(partial(_diffusers, "bf16")),
     "diffusers-compile-bf16": Contender(partial(_compiled, "bf16"), keeps=True),
-    "latentrt-openvino-plugin-kernels-bf16": ours("openvino", "bf16", attention="openvino", norm="openvino"),
-    "latentrt-openvino-plugin-norm-bf16": ours("openvino", "bf16", norm="openvino"),
+    "latentrt-openvino-plugin-kernels-bf16": ours("openvino", "bf16", whole=True, attention="openvino",
+                                                  norm="openvino"),
+    "latentrt-openvino-plugin-norm-bf16": ours("openvino", "bf16", whole=True, norm="openvino"),
+    "latentrt-openvino-whole-bf16": ours("openvino", "bf16", whole=True),
     REFERENCE: Contender(partial(_diffusers, "fp32")),
     "latentrt-openvino-fp32": ours("openvino", "fp32"),
     "openvino-fp32": Contender(partial(_openvino, "f32")),

@@ -17,7 +17,7 @@ import numpy as np
 
 import engines
 from benchmarks import limits
-from benchmarks.given import config_of, configure_compiler, inputs, torch_module
+from benchmarks.given import configure_compiler, engines_of, inputs, torch_module
 from benchmarks.on_cpu import REFERENCE
 from benchmarks.turns import Contender, Job, Run, Timed
 from engines import Bundle, EngineConfig
@@ -89,22 +89,21 @@ def ours(backend: str, dtype: str, graph: bool, job: Job) -> Run:
     import torch
 
     bundle, feed = Bundle.open(job.bundle), inputs(job)
-    config = config_of(job, bundle, backend, dtype, device="cuda:0")
-    if job.fresh:
-        engines.build(bundle, job.component, config, rebuild=True)
-    engine = engines.load(bundle, job.component, config)
     with clock():
-        buffers = {name: torch.zeros([int(d) for d in spec.shape], dtype=getattr(torch, spec.dtype), device="cuda")
-                   for name, spec in {**engine.inputs, **engine.outputs}.items()}
-        for name, array in feed.items():
-            buffers[name].copy_(torch.from_numpy(array))
-        clock.stream.synchronize()
-        engine.bind(buffers)
-        enqueue = partial(engine.enqueue, clock.stream.cuda_stream)
-        enqueue()
+        tensors = {name: torch.from_numpy(array).cuda() for name, array in feed.items()}
+        for name, config in engines_of(job, bundle, backend, dtype, device="cuda:0").items():
+            if job.fresh:
+                engines.build(bundle, name, config, rebuild=True)
+            engine = engines.load(bundle, name, config)
+            tensors |= {name: torch.zeros([int(d) for d in spec.shape], dtype=getattr(torch, spec.dtype), device="cuda")
+                        for name, spec in engine.outputs.items()}
+            clock.stream.synchronize()
+            engine.bind({name: tensors[name] for name in (*engine.inputs, *engine.outputs)})
+            enqueue = partial(engine.enqueue, clock.stream.cuda_stream)
+            enqueue()
         call = clock.captured(enqueue) if graph else enqueue
     output, = engine.outputs
-    return clock.run(call, lambda: buffers[output].cpu().numpy())
+    return clock.run(call, lambda: tensors[output].cpu().numpy())
 
 
 def diffusers(dtype: str, how: str, job: Job) -> Run:
@@ -145,7 +144,7 @@ def onnxruntime(dtype: str, job: Job) -> Run:
 
     bundle, feed = Bundle.open(job.bundle), inputs(job)
     component = bundle.component(job.component)
-    config = config_of(job, bundle, "onnxruntime", dtype)
+    config = engines_of(job, bundle, "onnxruntime", dtype, whole=True)[job.component]
     options = ort.SessionOptions()
     for name, value in config.dims.items():
         if value:

@@ -55,7 +55,8 @@ WATERFALL = (
     ("OpenVINO, fp32", "openvino-fp32"),
     ("bf16", "openvino-bf16"),
     ("angles of the timestep in fp32", "latentrt-openvino-plugin-kernels-bf16"),
-    ("our attention", "latentrt-openvino-plugin-norm-bf16"),
-    ("our group norm + SiLU, channels last", "latentrt-openvino-bf16"),
+    ("our attention, in a graph of bfloat16", "latentrt-openvino-plugin-norm-bf16"),
+    ("our group norm + SiLU, channels last", "latentrt-openvino-whole-bf16"),
+    ("what text and time decide, before the steps", "latentrt-openvino-bf16"),
 )
 """Technique, and the contender that has it and all before it."""

@@ -132,8 +132,9 @@ def test_pictures(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_torch_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It compiles, and a second start finds what the first has compiled.
 
-    Quick, as compiling goes: a UNet and a VAE of one level, g++ without optimisation, and pictures that find the kernels
-    of the steps before.
+    Quick, as compiling goes: a UNet and a VAE of one level, g++ without optimisation, and pictures that find the
+    kernels of the steps before.
+
     """
     checkpoint = tiny.sd1(tmp_path / "checkpoint", levels=1, vae_levels=1)
     model = [str(export(checkpoint, tmp_path / "bundle", progress=False).path), str(checkpoint)]
