@@ -7,10 +7,10 @@ import re
 
 
 def picture_size(text: str) -> tuple[int, int]:
-    """HxW to (height, width), in pixels; one number is a square. Raises ArgumentTypeError."""
-    if not (found := re.fullmatch(r"(\d+)(?:x(\d+))?", text.lower())):
+    """HxW to (height, width), in pixels. Raises ArgumentTypeError."""
+    if not (found := re.fullmatch(r"(\d+)x(\d+)", text.lower())):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH in pixels, such as 512x768")
-    return int(found[1]), int(found[2] or found[1])
+    return int(found[1]), int(found[2])
 
 
 def positive(text: str) -> int:

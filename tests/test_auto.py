@@ -187,9 +187,9 @@ def test_the_command_line_says_what_auto_is(bundle, capsys):
 
 
 def test_types_of_options():
-    assert (picture_size("512x768"), picture_size("64X32"), picture_size("512")) == ((512, 768), (64, 32), (512, 512))
+    assert (picture_size("512x768"), picture_size("64X32")) == ((512, 768), (64, 32))
     assert positive("12") == 12
-    for wrong in ("", "x", "512x", "x512", "1x2x3", "-1x2", "1.5x2"):
+    for wrong in ("", "x", "512", "512x", "x512", "1x2x3", "-1x2", "1.5x2"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected HEIGHTxWIDTH in pixels, such as 512x768"):
             picture_size(wrong)
     for wrong in ("0", "-1", "1.5", "many", ""):
