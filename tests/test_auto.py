@@ -204,7 +204,7 @@ def test_types_of_options():
     (["--backend", "tensorrt-rtx"], "got device cuda:0 on a machine of 0 NVIDIA GPUs")])
 def test_the_runtime_refuses_a_gpu_that_is_not_there(original, words, message, capsys):
     if "tensorrt-rtx" in words:
-        pytest.importorskip("tensorrt_rtx")
+        pytest.importorskip("tensorrt_rtx_bindings")
     assert draw([str(original), "a cat", "--quiet", *words]) == 2
     assert message in capsys.readouterr().err
 
