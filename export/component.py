@@ -72,6 +72,8 @@ def export_component(name: str, checkpoint: Checkpoint, dtype: str, directory: P
     file = directory / f"{name}.onnx"
     ir.save(model, file, external_data=f"{name}.onnx.data")
     specs, invariant = (graph.inputs, graph.outputs), graph.invariant
+    for value in model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
     del graph, model, outputs
     parts = hoist(file, invariant, *specs) if invariant else {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import os
 import resource
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +127,24 @@ def test_sites_are_single_nodes(bundle):
     assert sites["text_encoder"] == {"Attention": 3, "LayerNormalization": 7}
     assert sites["vae_decoder"] == {"Attention": 1, "GroupNormalization": 22}
     assert sites["vae_encoder"] == {"Attention": 1, "GroupNormalization": 14}
+
+
+def test_weights_are_gone_before_the_check(small, tmp_path, monkeypatch):
+    """A UNet's gigabytes would otherwise be in memory twice."""
+    model = small.load("text_encoder")
+    weight = weakref.ref(model.final_layer_norm.weight)
+    held, check, found = [model], component._check, []
+    del model
+
+    def look(*arguments):
+        gc.collect()
+        found.append(weight())
+        return check(*arguments)
+
+    monkeypatch.setattr(component, "_check", look)
+    checkpoint = dataclasses.replace(small, load=lambda name: held.pop())
+    export_component("text_encoder", checkpoint, "fp32", tmp_path)
+    assert found == [None]
 
 
 def test_missing_site_is_an_error(small, tmp_path, monkeypatch):
