@@ -187,15 +187,15 @@ class InductorEngine:
         self._order: tuple[list[str], list[str]] = (record["inputs"], record["outputs"])
         self._package = torch._inductor.aoti_load_package(
             str(directory / PACKAGE), run_single_threaded=True, device_index=-1 if self.gpu is None else self.gpu)
+        needed = self._package.get_constant_fqns()
         self._weights = {name: Weight(tuple(w["names"]), tuple(map(tuple, w["shapes"])), w["dtype"], w["channels_last"])
-                         for name, w in record["weights"].items()}
+                         for name, w in record["weights"].items() if name in needed}
         stored = values(onnx)
         self._memory = {name: weight.empty(self._device) for name, weight in self._weights.items()}
         for name in self._weights:
             self._write(name, {part: stored[part] for part in self._weights[name].names})
         with np.load(directory / CONSTANTS) as constants:
             self._memory |= {name: torch.from_numpy(constants[name]).to(self._device) for name in constants}
-        needed = self._package.get_constant_fqns()
         if unknown := sorted(set(needed) - set(self._memory)):
             raise EngineError(f"{directory / PACKAGE}: got constants {unknown[:3]}, expected those of {RECORD}; this "
                               "version of PyTorch added some; build it again with the one before")

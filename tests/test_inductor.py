@@ -411,13 +411,13 @@ def test_a_pipeline_draws_the_reference_picture(tmp_path):
     from runtime import Pipeline, Request
 
     bundle = export(tiny.sd1(tmp_path / "checkpoint", levels=2), tmp_path / "bundle", progress=False)
-    request = Request("a cat and a horse", steps=3, seed=5, height=64, width=64, guidance=1.0, scheduler="ddim")
+    request = Request("a cat and a horse", steps=3, seed=5, height=64, width=64, scheduler="ddim")
     pictures = []
     for backend in ("onnxruntime", "inductor"):
         pipe = Pipeline.load(bundle.path, backend, dtype="fp32", size=(64, 64))
         pictures.append(pipe.decode(pipe(request).latents))
     np.testing.assert_allclose(pictures[1], pictures[0], atol=IMAGE_MAX, rtol=0)
-    own = config(bundle, batch=1)
+    own = config(bundle)
     changed = {"conv_out.bias": np.float32([1, 2, 3, 4])}
     outputs = []
     for backend in ("onnxruntime", "inductor"):
