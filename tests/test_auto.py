@@ -200,7 +200,7 @@ def test_types_of_options():
 @without_gpu
 @pytest.mark.parametrize(("words", "message"), [
     (["--device", "cuda:0"], "no engine can be used on cuda:0"),
-    (["--device", "cuda:0", "--backend", "onnxruntime", "--dtype", "fp32"], "backend onnxruntime: got device cuda:0, expected one of cpu"),
+    (["--device", "cuda:0", "--backend", "onnxruntime", "--dtype", "fp32"], "got device cuda:0, expected one of cpu"),
     (["--backend", "tensorrt-rtx"], "got device cuda:0 on a machine of 0 NVIDIA GPUs")])
 def test_the_runtime_refuses_a_gpu_that_is_not_there(bundles, words, message, capsys):
     if "tensorrt-rtx" in words:
