@@ -130,12 +130,6 @@ class UNet(Graph):
                           added_cond_kwargs=added, return_dict=False)[0].float()
 
 
-class XLUNet(UNet):
-    """That of Stable Diffusion XL, kept whole until the runtime draws with it."""
-
-    invariant: ClassVar = {}
-
-
 class VAEDecoder(Graph):
     """Latents as the UNet knows them → picture, nominally in [-1, 1] and not clamped."""
 
@@ -181,4 +175,4 @@ GRAPHS: Mapping[str, type[Graph]] = {
     "text_encoder": TextEncoder, "unet": UNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}
 XL_GRAPHS: Mapping[str, type[Graph]] = {
     "text_encoder": FirstXLTextEncoder, "text_encoder_2": SecondXLTextEncoder,
-    "unet": XLUNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}
+    "unet": UNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}

@@ -4,7 +4,8 @@ A node belongs to the text if it depends on nothing but the text, to the time if
 to the step. Three graphs come of it, which share the weights file of the whole one:
 
     unet_text   encoder_hidden_states ─▶ keys and values of every cross-attention       once for a request
-    unet_time   timestep ─▶ the embedding, and every block's projection of it           once for a schedule
+    unet_time   timestep ─▶ the embedding, and every block's projection of it           once for a schedule; in
+                Stable Diffusion XL also of the pooled text and of sizes, which add to the embedding
     unet_body   sample and all of these ─▶ noise_pred                                   every step
 
 Dependency alone decides, so whatever else a model computes from one of the two moves too. What depends on both stays,
@@ -46,6 +47,7 @@ def hoist(whole: Path, invariant: Mapping[str, Collection[str]], inputs: Sequenc
     a part would compute nothing. Raises ExportError where the shape of what is handed over is not known.
     """
     model = ir.load(whole)
+    common.ShapeInferencePass()(model)  # for the dtypes
     cut = {part: _frontier(model.graph, names) for part, names in invariant.items()}
     if not all(cut.values()):
         return {}

@@ -90,7 +90,9 @@ def test_sites_are_single_nodes(bundle):
 def test_manifest(bundle):
     manifest = bundle.manifest
     assert (manifest.family, manifest.prediction_type, manifest.default_size) == ("sdxl", "epsilon", (64, 64))
-    assert tuple(manifest.components) == COMPONENTS and manifest.latent.scale == 0.13025
+    assert tuple(n for n in manifest.components if not n.startswith("unet_")) == COMPONENTS
+    assert [s.name for s in manifest.components["unet_time"].inputs] == ["timestep", "text_embeds", "time_ids"]
+    assert manifest.latent.scale == 0.13025
     assert [(t.component, t.pad_id) for t in manifest.text] == [("text_encoder", 527), ("text_encoder_2", 0)]
     assert {s.name: s.shape for s in manifest.components["unet"].inputs} == {
         "sample": ("batch", 4, "latent_height", "latent_width"), "timestep": ("batch",),
