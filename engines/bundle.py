@@ -6,6 +6,7 @@ This file is the manifest's only reader and writer, and needs nothing beyond the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,8 @@ from engines.spec import EngineConfig, EngineError, TensorSpec
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LARGE = 1 << 26
+"""Bytes from which on the hash of a file is remembered while it is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,23 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, as hex."""
+    """sha256 of a file's bytes, as hex.
+
+    That of a large file is kept: the parts of a UNet are in one weights file. Hashing it takes longer than a tick of the
+    clock that says when a file was changed, so a change is never missed.
+    """
+    about = path.stat()
+    if about.st_size < LARGE:
+        return _hash(path)
+    return _hash_unchanged(path, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_unchanged(path: Path, inode: int, size: int, changed: int) -> str:
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

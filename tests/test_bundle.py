@@ -1,11 +1,13 @@
 """The manifest's reader and writer."""
 
+import hashlib
 import json
+import os
 import shutil
 
 import pytest
 
-from engines.bundle import Bundle
+from engines.bundle import LARGE, Bundle, hash_file
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from tests.small import small_bundle
 
@@ -117,3 +119,15 @@ def test_a_spec_needs_every_dimension():
     assert TensorSpec("x", "float32", ("batch", 4)).resolve({"batch": 2}).shape == (2, 4)
     with pytest.raises(EngineError, match="tensor x: got dimension 'height'"):
         TensorSpec("x", "float32", ("height", 4)).resolve({"batch": 2})
+
+
+def test_a_large_file_is_hashed_again_when_it_has_changed(tmp_path):
+    file = tmp_path / "weights"
+    file.touch()
+    os.truncate(file, LARGE)
+    zeros = hash_file(file)
+    assert hash_file(file) == zeros == hashlib.sha256(bytes(LARGE)).hexdigest()
+    with open(file, "r+b") as stream:
+        stream.seek(LARGE // 2)
+        stream.write(b"1")
+    assert hash_file(file) != zeros
