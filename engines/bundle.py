@@ -233,8 +233,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, as hex.
 
-    That of a large file is kept: the parts of a UNet are in one weights file. Hashing it takes longer than a tick of the
-    clock that says when a file was changed, so a change is never missed.
+    That of a large file is kept: the parts of a UNet share one weights file. Hashing it takes longer than a tick of
+    the clock that says when a file was changed, so a change is never missed.
     """
     about = path.stat()
     if about.st_size < LARGE:
