@@ -225,6 +225,7 @@ def test_a_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_engine_that_cannot_run_here_takes_part_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.backend("openvino"), "dtypes", lambda: ("fp32",))
     monkeypatch.setattr(engines.backend("onnxruntime"), "available", lambda: "it is not installed")
+    monkeypatch.setattr(engines.backend("inductor"), "dtypes", lambda: ("fp32",))
     default = turns.chosen(ALL, on_cpu.CONTENDERS, on_cpu.REFERENCE)
     assert [name for name in default if name.startswith("latentrt")] == ["latentrt-openvino-fp32"]
     assert {"onnxruntime-fp32", "openvino-bf16", COMPILED} <= set(default)

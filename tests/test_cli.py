@@ -1,6 +1,8 @@
 """`python -m runtime` as a user calls it."""
 
+import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,10 +16,10 @@ from runtime.__main__ import main
 @pytest.fixture
 def draw(bundles, tmp_path):
     """Run the command line on the tiny SD 1 bundle; options are strings. Returns the exit status."""
-    def run(*options, prompt="a cat", output="cat.png"):
+    def run(*options, prompt="a cat", output="cat.png", bundle=None):
         words = [] if prompt is None else [prompt]
-        return main([str(bundles["sd1"]), *words, "--backend", "onnxruntime", "--size", "64x64", "--steps", "2",
-                     "--quiet", "-o", str(tmp_path / output), *options])
+        return main([str(bundle or bundles["sd1"]), *words, "--backend", "onnxruntime", "--size", "64x64",
+                     "--steps", "2", "--quiet", "-o", str(tmp_path / output), *options])
     return run
 
 
@@ -60,7 +62,8 @@ def test_json_tells_why_a_backend_was_chosen(draw, capsys):
     assert json.loads(capsys.readouterr().out)["dtype"] == "fp32"
 
 
-def test_rebuild_replaces_engines_of_another_version(draw, capsys, monkeypatch):
+def test_rebuild_replaces_engines_of_another_version(draw, bundles, tmp_path, capsys, monkeypatch):
+    draw = functools.partial(draw, bundle=shutil.copytree(bundles["sd1"], tmp_path / "bundle"))
     assert draw() == 0
     module = engines.backend("onnxruntime")
     monkeypatch.setattr(module, "versions", lambda c=None, real=module.versions: {**real(c), "onnxruntime": "9"})

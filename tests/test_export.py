@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
-from engines import Bundle, EngineError, store
+from engines import TIME_ROWS, Bundle, EngineError, store
 from export import ExportError, component, export, trace
 from export.__main__ import main
 from export.checkpoint import Checkpoint, open_checkpoint
@@ -249,8 +249,11 @@ def test_engines_are_built_when_asked_for(tmp_path):
     folder = tiny.sd1(tmp_path / "model", levels=2)
     command = [str(folder), "-o", str(tmp_path / "bundle"), "--quiet", "--backend", "onnxruntime", "--size", "64x80"]
     assert main(command) == 0
-    config = Bundle.open(tmp_path / "bundle").config("unet", backend="onnxruntime", height=64, width=80, batch=2)
-    assert store.find(Bundle.open(tmp_path / "bundle"), "unet", config)
+    bundle = Bundle.open(tmp_path / "bundle")
+    for name in store.used(bundle, "onnxruntime"):
+        rows = TIME_ROWS if name == "unet_time" else 1 if name.startswith("vae") else 2
+        config = bundle.config(name, backend="onnxruntime", height=64, width=80, batch=rows)
+        assert store.find(bundle, name, config), name
 
 
 def test_existing_output_is_kept(folder, bundle, capsys):
