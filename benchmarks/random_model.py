@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from tqdm import tqdm
 
 import export
 from benchmarks import measure
-from engines.bundle import MANIFEST
+from engines.bundle import MANIFEST, hash_file
 from engines.publish import publish
 
 INDEX = "model_index.json"
@@ -32,15 +34,23 @@ def make(family: str, seed: int = 0, directory: Path | None = None, dtype: str =
     dtype = dtype or ("fp16" if family == "sdxl" else "fp32")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     here = (directory or cache / "latentrt" / "random") / f"{family}-{seed}"
-    checkpoint, bundle = here / "checkpoint", here / ("bundle" if dtype == "fp32" else f"bundle-{dtype}")
+    checkpoint, bundle = here / "checkpoint", here / f"bundle-{dtype}-{_exporter()}"
     if not (checkpoint / INDEX).is_file() or not (bundle / MANIFEST).is_file():
         measure.require_memory(round(measure.SHARE * _float_bytes(family)), f"--random {family}")
     if not (checkpoint / INDEX).is_file():
         with publish(checkpoint, force=True) as temporary:
             _save(family, seed, temporary)
     if not (bundle / MANIFEST).is_file():
+        for old in here.glob(f"bundle-{dtype}-*"):
+            shutil.rmtree(old)
         export.export(checkpoint, bundle, dtype=dtype)
     return bundle, checkpoint
+
+
+def _exporter() -> str:
+    """Of what exports: a bundle is made anew when it has changed."""
+    files = sorted(Path(export.__file__).parent.glob("*.py"))
+    return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()[:8]
 
 
 def _float_bytes(family: str) -> int:
