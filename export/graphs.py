@@ -124,8 +124,8 @@ class UNet(Graph):
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,
                 text_embeds: torch.Tensor | None = None, time_ids: torch.Tensor | None = None) -> torch.Tensor:
         added = None
-        if text_embeds is not None:  # the sizes stay float32: in bfloat16 1023 would be 1024
-            added = {"text_embeds": text_embeds.to(self.dtype), "time_ids": time_ids}
+        if text_embeds is not None:  # float32: in bfloat16 sizes of 1023 would be 1024, and ONNX joins one type only
+            added = {"text_embeds": text_embeds, "time_ids": time_ids}
         return self.model(sample.to(self.dtype), timestep, encoder_hidden_states.to(self.dtype),
                           added_cond_kwargs=added, return_dict=False)[0].float()
 

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -21,7 +22,7 @@ from engines import Bundle, EngineError
 from engines.choice import choose
 from export import ExportError, export, trace
 from export.checkpoint import open_checkpoint
-from export.component import graphs, precision
+from export.component import export_component, graphs, precision
 from export.single_file import CONFIGS
 from runtime import Pipeline
 from runtime.text import PromptTokenizer
@@ -48,6 +49,15 @@ def bundle(folder, tmp_path_factory) -> Bundle:
 def test_graph_equals_pytorch_at_other_sizes(folder, bundle, name, size):
     file = bundle.path / bundle.component(name).file
     assert error(file, name, open_checkpoint(folder), size) < EXPORT_REL_RMS["fp32"]
+
+
+def test_16_bit_unet(folder, tmp_path):
+    """Its graph is one that ONNX's own type inference accepts, and it is cut in parts like any other."""
+    made = export_component("unet", open_checkpoint(folder), "fp16", tmp_path)
+    assert list(made) == ["unet", "unet_text", "unet_time", "unet_body"]
+    assert 0 < made["unet_body"].check.rel_rms < EXPORT_REL_RMS["fp16"]
+    for name in made:
+        onnx.checker.check_model(tmp_path / f"{name}.onnx", full_check=True)
 
 
 def test_the_unet_is_given_what_diffusers_gives_it(folder, bundle):
