@@ -36,6 +36,7 @@ from engines.cpu import describe
 from engines.gpu import gpus
 from engines.onnx_file import convert, values
 from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.vendor import errors, importing
 
 PIP = "pip install torch onnx-ir"
 KERNELS = ("attention", "group_norm", "layer_norm", "geglu")
@@ -139,7 +140,8 @@ def _build(onnx: Path, component: Component, config: EngineConfig, directory: Pa
     inputs = resolve(component.inputs, config)
     shapes = {name: (tuple(int(d) for d in spec.shape), spec.dtype) for name, spec in inputs.items()}
     start = time.perf_counter()
-    with _errors(f"compile {onnx}"), torch.no_grad(), _flags(torch, config), warnings.catch_warnings():
+    with (errors(f"inductor could not compile {onnx}"), torch.no_grad(), _flags(torch, config),
+          warnings.catch_warnings()):
         warnings.simplefilter("ignore")  # PyTorch warns of its own parts
         graph = onnx_torch.rewrite(onnx_nodes.read(onnx), options.fuse)
         if set(graph.inputs) != set(shapes):
@@ -162,7 +164,7 @@ def _build(onnx: Path, component: Component, config: EngineConfig, directory: Pa
 
 def load(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> InductorEngine:
     """Open the package and give it its weights. Raises EngineError where PyTorch cannot."""
-    with _errors(f"open {directory}"):
+    with errors(f"inductor could not open {directory}"):
         return InductorEngine(onnx, component, config, directory)
 
 
@@ -217,7 +219,7 @@ class InductorEngine:
     def enqueue(self, stream: Any = None) -> None:
         if not self._buffers:
             raise EngineError("enqueue: no buffers are bound; call bind first")
-        with _errors("run"):
+        with errors("inductor could not run"):
             self._run(self._bound[0], stream, self._bound[1])
 
     def refit(self, weights: Mapping[str, np.ndarray]) -> None:
@@ -226,7 +228,7 @@ class InductorEngine:
         known = {part for weight in self._weights.values() for part in weight.names}
         if fixed := sorted(set(changed) - known):
             raise EngineError(f"refit: got {', '.join(fixed[:3])}, which the build has folded away; build it again")
-        with _errors("refit"):
+        with errors("inductor could not refit"):
             for name, weight in self._weights.items():
                 self._write(name, {part: changed[part] for part in weight.names if part in changed})
             if self.gpu is not None:
@@ -340,21 +342,6 @@ def _flags(torch: Any, config: EngineConfig) -> Iterator[None]:
 
 
 def _vendor() -> Any:
-    try:
+    with importing("inductor", PIP):
         import torch
-    except ModuleNotFoundError as e:
-        raise EngineError(f"backend inductor: the package is missing; run: {PIP}") from e
-    except (ImportError, OSError) as e:
-        raise EngineError(f"backend inductor: the package does not load: {e}; install it again: {PIP}") from e
     return torch
-
-
-@contextlib.contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """Turn what PyTorch, its compiler and the C++ compiler raise (RuntimeError and many others) into EngineError."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as e:
-        raise EngineError(f"inductor could not {what}: {type(e).__name__}: {e}") from e

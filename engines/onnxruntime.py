@@ -6,11 +6,10 @@ on two cores, but costs another 3.4 GB for every shape, so none is kept (`docs/e
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from engines.cpu import describe, physical_cores
 from engines.layers import Layer
 from engines.onnx_file import BFLOAT16, convert, externalise, initializers
 from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.vendor import errors, importing
 
 PIP = "pip install onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -178,29 +178,14 @@ class OnnxRuntimeEngine:
             model = externalise(model, [n for n in changed if not known[n].external])
             values = [_ort_value(ort, known[n].type, w) for n, w in changed.items()]
             options.add_external_initializers(list(changed), values)
-        with _errors(str(self._model)):
+        with errors(f"onnxruntime could not run {self._model}"):
             return ort.InferenceSession(model, options, providers=[_provider(self._config, self._cache)])
 
 
 def _vendor() -> Any:
-    try:
+    with importing("onnxruntime", PIP):
         import onnxruntime
-    except ModuleNotFoundError as e:
-        raise EngineError(f"backend onnxruntime: the package is missing; run: {PIP}") from e
-    except ImportError as e:
-        raise EngineError(f"backend onnxruntime: the package does not load: {e}; install it again: {PIP}") from e
     return onnxruntime
-
-
-@contextlib.contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """Turn an ONNX Runtime exception (they derive from RuntimeError, ValueError or Exception) into EngineError."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as e:
-        raise EngineError(f"onnxruntime could not run {what}: {e}") from e
 
 
 def _provider(config: EngineConfig, cache: Path | None = None) -> tuple[str, dict[str, str]]:

@@ -11,9 +11,8 @@ sine and cosine embed it. So what leads to a sine or cosine is compiled apart, i
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from engines.layers import Layer
 from engines.onnx_file import convert
 from engines.openvino_passes import cut_angles, halve_gates, narrow, own_attention, own_group_norm, replace, widen
 from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.vendor import errors, importing
 from kernels import native
 
 PIP = "pip install openvino"
@@ -158,7 +158,7 @@ class OpenVinoEngine:
             check_array(spec, buffers[name])
         self._buffers = dict(buffers)  # keeps the memory alive while its address is bound
         tensor = _vendor().Tensor
-        with _errors("bind"):
+        with errors("openvino could not bind"):
             for name, array in self._buffers.items():
                 for request in self._requests:
                     if name in _names(request.get_compiled_model()):
@@ -186,7 +186,7 @@ class OpenVinoEngine:
     def _compile(self, changed: Mapping[str, np.ndarray]) -> list[Any]:
         ov = _vendor()
         core = ov.Core()
-        with _errors(f"compile {self._onnx}"):
+        with errors(f"openvino could not compile {self._onnx}"):
             model = core.read_model(self._onnx)
             if changed:
                 replace(ov, model, changed)
@@ -246,21 +246,6 @@ def _names(compiled: Any) -> set[str]:
 
 
 def _vendor() -> Any:
-    try:
+    with importing("openvino", PIP):
         import openvino
-    except ModuleNotFoundError as e:
-        raise EngineError(f"backend openvino: the package is missing; run: {PIP}") from e
-    except ImportError as e:
-        raise EngineError(f"backend openvino: the package does not load: {e}; install it again: {PIP}") from e
     return openvino
-
-
-@contextlib.contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """Turn OpenVINO's RuntimeError into EngineError (itself one, passed on as it is)."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except (RuntimeError, ValueError, TypeError) as e:
-        raise EngineError(f"openvino could not {what}: {e}") from e

@@ -36,6 +36,7 @@ from engines.publish import user_cache
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from engines.tensorrt_build import ABOUT, KINDS, PLAN, Request, dims, logger, write_whole
 from engines.tensorrt_choice import build
+from engines.vendor import importing
 from engines.verify import TOLERANCE
 
 if TYPE_CHECKING:
@@ -103,16 +104,11 @@ class Flavour:
 
     def vendor(self) -> Any:
         """The vendor's package. Raises EngineError with the pip line where it is missing."""
-        try:
+        with importing(self.name, self.pip):
             if self.rtx:
                 import tensorrt_rtx_bindings as trt
             else:
                 import tensorrt as trt
-        except ModuleNotFoundError as e:
-            raise EngineError(f"backend {self.name}: the package is missing; run: {self.pip}") from e
-        except (ImportError, OSError) as e:
-            raise EngineError(f"backend {self.name}: the package does not load: {e}; install it again: {self.pip}") \
-                from e
         if not hasattr(trt, "Builder"):  # tensorrt-stubs alone makes `import tensorrt` an empty package
             raise EngineError(f"backend {self.name}: got type stubs only, expected the package; run: {self.pip}")
         return trt

@@ -74,6 +74,14 @@ def check_contiguous(op: str, **tensors: torch.Tensor) -> None:
                              "expected a contiguous tensor; call .contiguous()")
 
 
+def check_device(op: str, like: str, device: torch.device, **tensors: torch.Tensor) -> None:
+    """Raise ValueError for a tensor that is not on `device`, where the one called `like` is."""
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name}: got a tensor on {tensor.device}, expected {device}, where {like} is; move "
+                             "one of them")
+
+
 def arch_of(tensor: torch.Tensor) -> int:
     """Compute capability of the tensor's device as 10 × major + minor; 90 for a tensor that is on no GPU."""
     if tensor.device.type != "cuda":

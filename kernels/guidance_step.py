@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from kernels import step_table
-from kernels.checks import DTYPES, archs_of, check_contiguous, check_dtype, check_shape, check_tensors
+from kernels.checks import DTYPES, archs_of, check_contiguous, check_device, check_dtype, check_shape, check_tensors
 from kernels.step_table import MEMORIES, width
 from kernels.variant import Variant
 
@@ -246,10 +246,7 @@ def check(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor, co
     if noise_pred.dtype not in DTYPES:
         raise TypeError(f"{OP}: noise_pred: got {noise_pred.dtype}, expected one of {', '.join(map(str, DTYPES))}; "
                         "convert it with .to(torch.float32)")
-    for name, tensor in {**floats, "noise_pred": noise_pred, "sample": sample, "progress": progress}.items():
-        if tensor.device != state.device:
-            raise ValueError(f"{OP}: {name}: got a tensor on {tensor.device}, expected {state.device}, where state is; "
-                             "move one of them")
+    check_device(OP, "state", state.device, noise_pred=noise_pred, sample=sample, progress=progress, **floats)
 
 
 @torch.library.custom_op("latentrt::guidance_step", mutates_args=("state", "sample", "timestep", "progress"),

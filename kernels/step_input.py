@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels import step_table
-from kernels.checks import DTYPES, archs_of, check_contiguous, check_dtype, check_shape, check_tensors
+from kernels.checks import DTYPES, archs_of, check_contiguous, check_device, check_dtype, check_shape, check_tensors
 from kernels.variant import Variant
 
 OP = "step_input"
@@ -116,10 +116,7 @@ def check(state: torch.Tensor, table: torch.Tensor, progress: torch.Tensor, time
     if sample.dtype not in DTYPES:
         raise TypeError(f"{OP}: sample: got {sample.dtype}, expected one of {', '.join(map(str, DTYPES))}; "
                         "convert it with .to(torch.float32)")
-    for name, tensor in {**floats, "sample": sample, "progress": progress, "columns": columns}.items():
-        if tensor.device != state.device:
-            raise ValueError(f"{OP}: {name}: got a tensor on {tensor.device}, expected {state.device}, where state is; "
-                             "move one of them")
+    check_device(OP, "state", state.device, sample=sample, progress=progress, columns=columns, **floats)
 
 
 @torch.library.custom_op("latentrt::step_input", mutates_args=("sample", "arena"), device_types="cpu")
