@@ -4,7 +4,7 @@ A backend module holds: `available()`, `devices()`, `dtypes()`, `versions(config
 beside files and config), `build(onnx, component, config, directory)`, `load(onnx, component, config, directory)`,
 `runnable(config)` (None where this machine can run the engine, else why not), `reads_onnx(config)` (whether `load`
 reads the bundle's ONNX files), `SOURCES` (our files that shape its engines), `ON_GPU` (its engines are for a GPU and
-compute in the precision of the graph) and `IN_PARTS` (it runs the UNet faster in the parts of `export.hoist`). An
+compute in the precision of the graph) and `IN_PARTS` (it runs the UNet in the parts of `export.hoist`). An
 engine with an attribute `gpu` runs on the GPU of that number.
 
 It may hold, for `python -m engines inspect`: `details(directory)` (what it recorded when it built, JSON values by
