@@ -7,11 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from runtime.prompt import parse
+
 OUTPUTS = ("image", "latent")
+PROMPT_STYLES = ("plain", "weighted")
 MAX_SEED = 2**64 - 1
 
 
@@ -35,7 +39,11 @@ class Step:
 class Request:
     """One prompt and everything that shapes its pictures.
 
-    prompt, negative_prompt: text; tokens past the encoder's length are dropped with a warning.
+    prompt, negative_prompt: text.
+    prompt_style: "plain", brackets are text and tokens past the encoder's length are dropped with a warning, as in
+    diffusers; or "weighted", `(word:1.3)`, `[word]` and BREAK mean what they do in the Stable Diffusion web UI, and a
+    prompt may be of any length (`runtime.prompt`). embeddings: textual inversions, "FILE" or "NAME=FILE"
+    (`runtime.embeddings`), whose names stand for them in both prompts.
     height, width: pixels; None takes the size the pipeline was loaded with.
     steps: solver steps. guidance: classifier-free guidance scale (arXiv 2207.12598); at 1 or below the model runs
     without it, in half the rows. guidance_rescale: phi of arXiv 2305.08891 section 3.4, 0 to 1.
@@ -51,6 +59,8 @@ class Request:
 
     prompt: str
     negative_prompt: str = ""
+    prompt_style: str = "plain"
+    embeddings: tuple[str | Path, ...] = ()
     height: int | None = None
     width: int | None = None
     steps: int = 50
@@ -68,6 +78,11 @@ class Request:
     def __post_init__(self) -> None:
         _text("prompt", self.prompt)
         _text("negative_prompt", self.negative_prompt)
+        if self.prompt_style not in PROMPT_STYLES:
+            raise ValueError(f"prompt_style: got {self.prompt_style!r}, expected one of {', '.join(PROMPT_STYLES)}")
+        if self.prompt_style == "weighted":
+            parse(self.prompt), parse(self.negative_prompt)
+        object.__setattr__(self, "embeddings", _embeddings(self.embeddings))
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, 2**16)
@@ -122,6 +137,12 @@ def _text(name: str, value: object) -> None:
     if not isinstance(value, str):
         hint = "; pass a list of Requests for several prompts" if isinstance(value, (list, tuple)) else ""
         raise ValueError(f"{name}: got {type(value).__name__}, expected a string{hint}")
+
+
+def _embeddings(value: Any) -> tuple[str, ...]:
+    if isinstance(value, (str, Path)) or not all(isinstance(one, (str, Path)) for one in value):
+        raise ValueError(f"embeddings: got {value!r}, expected a list of FILE or NAME=FILE")
+    return tuple(str(one) for one in value)
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

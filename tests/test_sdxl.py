@@ -20,13 +20,12 @@ from benchmarks import components, given, limits, on_cpu, turns
 from benchmarks.__main__ import main
 from engines import Bundle, EngineError
 from engines.choice import choose
-from export import ExportError, export, trace
+from export import ExportError, trace
 from export.checkpoint import open_checkpoint
 from export.component import export_component, graphs, precision
 from export.single_file import CONFIGS
 from runtime import Pipeline
 from runtime.text import PromptTokenizer
-from tests import tiny
 from tests.test_export import dims, error, rel_rms, run
 from tests.tolerances import EXPORT_REL_RMS
 
@@ -35,13 +34,13 @@ CONFIG = json.loads((CONFIGS / "sdxl.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.sdxl(tmp_path_factory.mktemp("checkpoint") / "tiny-sdxl")
+def folder(checkpoints) -> Path:
+    return checkpoints["sdxl"]
 
 
 @pytest.fixture(scope="module")
-def bundle(folder, tmp_path_factory) -> Bundle:
-    return export(folder, tmp_path_factory.mktemp("bundles") / "sdxl", progress=False)
+def bundle(bundles) -> Bundle:
+    return Bundle.open(bundles["sdxl"])
 
 
 @pytest.mark.parametrize("size", [dims(8, 8, 1, 77), dims(6, 4, 5, 30)], ids=["one-square", "five-tall"])
@@ -68,7 +67,9 @@ def test_the_unet_is_given_what_diffusers_gives_it(folder, bundle):
     for text in bundle.manifest.text:
         tokenize = PromptTokenizer(bundle.path, text)
         ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in prompts]))
-        hidden, *rest = run(bundle.path / bundle.component(text.component).file, (ids,))
+        component = bundle.component(text.component)
+        none = [torch.zeros(spec.resolve({"batch": 2}).shape) for spec in component.inputs[1:]]
+        hidden, *rest = run(bundle.path / component.file, (ids, *none))
         assert text.hidden_layer == "penultimate" and bool(rest) == (text.pooled == "text_embeds")
         states.append(hidden)
         pooled = rest[0] if rest else pooled
