@@ -80,8 +80,8 @@ class Request:
         _text("negative_prompt", self.negative_prompt)
         if self.prompt_style not in PROMPT_STYLES:
             raise ValueError(f"prompt_style: got {self.prompt_style!r}, expected one of {', '.join(PROMPT_STYLES)}")
-        if self.prompt_style == "weighted":
-            parse(self.prompt), parse(self.negative_prompt)
+        for prompt in (self.prompt, self.negative_prompt) if self.prompt_style == "weighted" else ():
+            parse(prompt)
         object.__setattr__(self, "embeddings", _embeddings(self.embeddings))
         for name in ("height", "width"):
             if getattr(self, name) is not None:

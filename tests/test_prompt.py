@@ -260,15 +260,11 @@ def width(model):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_pictures_with_textual_inversion(model, width, vectors, checkpoints, tmp_path, count):
+def test_pictures_with_textual_inversion(model, width, vectors, tmp_path, count):
     """As diffusers draws them, several vectors and both prompts; without the embedding the picture is another."""
-    _, ours = model
+    ours, folder = model[1], model[0].config["_name_or_path"]
     save_file({NAME: vectors[width][:count]}, tmp_path / "cat.safetensors")
-    reference = diffusers.StableDiffusionPipeline(**{**model[0].components, "tokenizer": None, "text_encoder": None},
-                                                  requires_safety_checker=False)
-    folder = model[0].config["_name_or_path"]
-    fresh = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
-    reference.register_modules(tokenizer=fresh.tokenizer, text_encoder=fresh.text_encoder)
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     reference.load_textual_inversion(str(tmp_path), weight_name="cat.safetensors")
     request = Request(WORDS, negative_prompt=f"rain,{NAME}", embeddings=(tmp_path / "cat.safetensors",), steps=3,
