@@ -80,13 +80,16 @@ class TextEncoders:
         return texts
 
     def _tokenize(self, request: Request) -> list[_Prompts]:
-        """For each encoder; prompts of fewer chunks than the other are padded with those of an empty prompt."""
+        """For each encoder; prompts of fewer chunks than the other are padded with those of an empty prompt.
+
+        Without guidance the negative prompt is empty, so that its length changes nothing.
+        """
         embeddings = self._embeddings(request)
         words = tuple((one.name, one.count) for one in embeddings)
         weighted = request.prompt_style == "weighted"
         found = []
         for tokenize in self._tokenizers:
-            for prompt in (request.negative_prompt, request.prompt):
+            for prompt in (request.negative_prompt if request.guided else "", request.prompt):
                 if weighted:
                     found.append(tokenize.chunks(prompt, words))
                 else:
@@ -108,11 +111,12 @@ class TextEncoders:
         return load_all(request.embeddings, self._widths, min(t.room for t in self._tokenizers))
 
     def _report(self, embeddings: Sequence[Embedding], ids: Sequence[np.ndarray]) -> None:
-        """Warn of an embedding that neither prompt names."""
+        """Warn of an embedding that no prompt names."""
         used, first = {int(i) for array in ids for i in array.reshape(-1)}, 0
         for embedding in embeddings:
             if -1 - first not in used:
-                logger.warning("embedding %r is in neither prompt; write its name where it belongs", embedding.name)
+                logger.warning("embedding %r is in no prompt that is used; write its name where it belongs",
+                               embedding.name)
             first += embedding.count
 
     def _encode(self, i: int, prompts: Sequence[_Prompts]) -> list[tuple[np.ndarray, np.ndarray | None]]:

@@ -240,6 +240,14 @@ def test_xl_weights_each_encoder_and_leaves_the_pooled_text(xl):
     np.testing.assert_array_equal(long.states[1, :77], plain.states[1])
 
 
+def test_a_negative_prompt_that_is_not_used_adds_no_chunks(model):
+    requests = [Request("a cat", negative_prompt=LONG, guidance=guidance, prompt_style="weighted")
+                for guidance in (1.0, 7.5)]
+    unguided, guided = model[1].encode(requests)
+    assert unguided.tokens == 77 < guided.tokens
+    np.testing.assert_array_equal(unguided.states[1], guided.states[1, :77])
+
+
 def test_a_plain_prompt_too_long_says_what_takes_it(model, caplog):
     text, = model[1].encode([Request(LONG)])
     assert text.tokens == 77
@@ -323,11 +331,11 @@ def test_an_embedding_is_weighted_and_kept_whole(model, width, vectors, tmp_path
     assert (tokenize("x " * 73 + NAME, ((NAME, 3),))[74:76] == [-1, -2]).all()  # cut, as diffusers cuts it
 
 
-def test_an_embedding_in_neither_prompt_is_said(model, width, vectors, tmp_path, caplog):
+def test_an_embedding_in_no_prompt_is_said(model, width, vectors, tmp_path, caplog):
     save_file({NAME: vectors[width]}, tmp_path / "cat.safetensors")
     with caplog.at_level(logging.WARNING):
         model[1].encode([Request("a cat", embeddings=[tmp_path / "cat.safetensors"])])
-    assert f"embedding '{NAME}' is in neither prompt" in caplog.text
+    assert f"embedding '{NAME}' is in no prompt that is used" in caplog.text
 
 
 def tensors(**shapes):
