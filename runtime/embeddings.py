@@ -13,7 +13,7 @@ LARGEST = 1 << 26
 """Bytes; an embedding has some kilobytes, and a whole checkpoint is not read by mistake."""
 
 _NAMELESS = ("emb_params", "*")
-_ENCODERS = (("clip_l", "text_encoders_0"), ("clip_g", "text_encoders_1"))
+_ENCODERS = {"text_encoder": ("clip_l", "text_encoders_0"), "text_encoder_2": ("clip_g", "text_encoders_1")}
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
@@ -29,37 +29,38 @@ class Embedding:
         return len(self.vectors[0])
 
 
-def load(given: str | Path, widths: Sequence[int]) -> Embedding:
-    """Read "FILE" or "NAME=FILE", a .safetensors file, for text encoders of these widths.
+def load(given: str | Path, widths: Mapping[str, int]) -> Embedding:
+    """Read "FILE" or "NAME=FILE", a .safetensors file, for text encoders of these widths, by component.
 
-    One encoder: a file of one tensor [width] or [n, width], whose name is the word unless one is given; that of the
-    file where the tensor's says nothing ("emb_params"). Two, those of Stable Diffusion XL: tensors clip_l and clip_g
-    (or text_encoders_0 and text_encoders_1). Raises ValueError for any other file, and where there is none.
+    For "text_encoder" alone: a file of one tensor [width] or [n, width], whose name is the word unless one is given;
+    that of the file where the tensor's says nothing ("emb_params"). With "text_encoder_2", as Stable Diffusion XL has
+    it: tensors clip_l and clip_g (or text_encoders_0 and text_encoders_1), of which its refiner takes the latter alone.
+    Raises ValueError for any other file, and where there is none.
     """
     name, equals, file = str(given).partition("=")
     if not equals or Path(given).is_file():
         name, file = "", str(given)
     path = Path(file)
     found = _read(path)
-    if len(widths) == 1:
-        keys: tuple[str, ...] = tuple(found)
-        word = path.stem if keys[0] in _NAMELESS else keys[0]
+    if "text_encoder_2" in widths:
+        keys = [key for component in widths for key in _ENCODERS[component] if key in found]
+        others = set(found) - {key for names in _ENCODERS.values() for key in names}
+        word, expected = path.stem, "clip_l and clip_g, for the two text encoders of the model"
     else:
-        keys = tuple(key for names in _ENCODERS for key in names if key in found)
-        word = path.stem
-    if len(keys) != len(widths) or len(found) != len(widths):
-        expected = "one tensor" if len(widths) == 1 else "clip_l and clip_g, for the two text encoders of the model"
+        keys, others = list(found), set[str]()
+        word, expected = path.stem if keys[0] in _NAMELESS else keys[0], "one tensor"
+    if len(keys) != len(widths) or others:
         raise ValueError(f"{path}: got {len(found)} tensors ({', '.join(list(found)[:4])}), expected {expected}; "
                          "it was trained for another kind of model, or is no textual inversion")
     vectors = tuple(np.atleast_2d(found[key]) for key in keys)
-    for key, array, width in zip(keys, vectors, widths, strict=True):
+    for key, array, width in zip(keys, vectors, widths.values(), strict=True):
         if array.ndim != 2 or array.shape[1] != width or len(array) != len(vectors[0]):
             raise ValueError(f"{path}: got {key} of shape {array.shape}, expected [{len(vectors[0])}, {width}]; it was "
                              "trained for another model")
     return Embedding(name or word, vectors)
 
 
-def load_all(given: Sequence[str | Path], widths: Sequence[int], room: int) -> tuple[Embedding, ...]:
+def load_all(given: Sequence[str | Path], widths: Mapping[str, int], room: int) -> tuple[Embedding, ...]:
     """`load` for each. Raises ValueError too where two have one name, or one has more vectors than a prompt tokens."""
     found = tuple(load(one, widths) for one in given)
     names = [embedding.name.lower() for embedding in found]

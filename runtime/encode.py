@@ -14,6 +14,7 @@ from runtime.embeddings import Embedding, load_all
 from runtime.prompt import emphasize
 from runtime.request import Request
 from runtime.text import PromptTokenizer
+from runtime.unet import Inputs
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,12 @@ class Text:
 
     states: np.ndarray
     pooled: np.ndarray | None
+
+    @property
+    def inputs(self) -> Inputs:
+        """Both, by input of the UNet."""
+        pooled = {} if self.pooled is None else {"text_embeds": self.pooled}
+        return {"encoder_hidden_states": self.states, **pooled}
 
     @property
     def tokens(self) -> int:
@@ -59,7 +66,9 @@ class TextEncoders:
         self._specs = bundle.manifest.text
         self._tokenizers = [PromptTokenizer(bundle.path, spec) for spec in self._specs]
         inputs = [{one.name: one for one in bundle.component(spec.component).inputs} for spec in self._specs]
-        self._widths = [int(own["embeddings"].shape[-1]) if "embeddings" in own else 0 for own in inputs]
+        self._widths = {spec.component: int(own["embeddings"].shape[-1]) if "embeddings" in own else 0
+                        for spec, own in zip(self._specs, inputs, strict=True)}
+        self._zero_negative = bundle.manifest.zero_negative
 
     def load(self) -> None:
         """Load every engine."""
@@ -69,14 +78,19 @@ class TextEncoders:
     def __call__(self, requests: Sequence[Request]) -> list[Text]:
         """The text of each request; equal chunks of all of them are encoded once.
 
-        Raises ValueError for an embedding or a prompt that cannot be, before anything is computed.
+        A negative prompt of None is the empty one, or zeros where the model was trained with those. Raises ValueError
+        for an embedding or a prompt that cannot be, before anything is computed.
         """
         prompts = [self._tokenize(request) for request in requests]
         encoded = [self._encode(i, [own[i] for own in prompts]) for i in range(len(self._specs))]
         texts = []
-        for parts in zip(*encoded, strict=True):
+        for request, parts in zip(requests, zip(*encoded, strict=True), strict=True):
             states, pooled = zip(*parts, strict=True)
-            texts.append(Text(np.concatenate(states, axis=-1), next((p for p in pooled if p is not None), None)))
+            text = Text(np.concatenate(states, axis=-1), next((p for p in pooled if p is not None), None))
+            if self._zero_negative and request.negative_prompt is None:
+                for values in text.inputs.values():
+                    values[0] = 0
+            texts.append(text)
         return texts
 
     def _tokenize(self, request: Request) -> list[_Prompts]:
@@ -89,7 +103,7 @@ class TextEncoders:
         weighted = request.prompt_style == "weighted"
         found = []
         for tokenize in self._tokenizers:
-            for prompt in (request.negative_prompt if request.guided else "", request.prompt):
+            for prompt in ((request.negative_prompt or "") if request.guided else "", request.prompt):
                 if weighted:
                     found.append(tokenize.chunks(prompt, words))
                 else:
@@ -100,12 +114,13 @@ class TextEncoders:
         prompts = []
         for i, tokenize in enumerate(self._tokenizers):
             ids, weights = zip(*(_padded(*one, tokenize(""), count) for one in found[2 * i:2 * i + 2]), strict=True)
-            vectors = np.concatenate([np.zeros((0, self._widths[i]), np.float32), *(e.vectors[i] for e in embeddings)])
+            none = np.zeros((0, self._widths[self._specs[i].component]), np.float32)
+            vectors = np.concatenate([none, *(embedding.vectors[i] for embedding in embeddings)])
             prompts.append(_Prompts(np.stack(ids), np.stack(weights), vectors))
         return prompts
 
     def _embeddings(self, request: Request) -> tuple[Embedding, ...]:
-        if request.embeddings and not all(self._widths):
+        if request.embeddings and not all(self._widths.values()):
             raise ValueError(f"embeddings: got some for {self._path}, whose text encoder takes none: an older version "
                              f"exported it; export it again: python -m export CHECKPOINT -o {self._path} --force")
         return load_all(request.embeddings, self._widths, min(t.room for t in self._tokenizers))

@@ -32,6 +32,8 @@ from tests.test_export import rel_rms
 from tests.tolerances import BATCH_IMAGE_MAX, EXPORT_REL_RMS, IMAGE_MAX
 
 LONG = "a cat and a horse on the hill, " * 12 + "and rain"
+ONE, TWO = {"text_encoder": 4}, {"text_encoder": 4, "text_encoder_2": 6}
+REFINER = {"text_encoder_2": 6}
 NAME, WORDS = "<cat-toy>", "a <cat-toy> on the hill"
 
 
@@ -343,14 +345,15 @@ def tensors(**shapes):
 
 
 @pytest.mark.parametrize(("given", "content", "widths", "name", "shapes"), [
-    ("f", tensors(X=[4]), [4], "<x>", [(1, 4)]),
-    ("f", tensors(X=[2, 4]), [4], "<x>", [(2, 4)]),
-    ("f", tensors(emb_params=[2, 4]), [4], "f", [(2, 4)]),
-    ("<n>=f", tensors(X=[2, 4]), [4], "<n>", [(2, 4)]),
-    ("f", tensors(clip_g=[2, 6], clip_l=[2, 4]), [4, 6], "f", [(2, 4), (2, 6)]),
-    ("f", tensors(text_encoders_0=[4], text_encoders_1=[6]), [4, 6], "f", [(1, 4), (1, 6)]),
-    ("f", {"<x>": torch.ones(2, 4, dtype=torch.bfloat16)}, [4], "<x>", [(2, 4)]),
-    ("f", {"<x>": torch.ones(2, 4, dtype=torch.float16)}, [4], "<x>", [(2, 4)]),
+    ("f", tensors(X=[4]), ONE, "<x>", [(1, 4)]),
+    ("f", tensors(X=[2, 4]), ONE, "<x>", [(2, 4)]),
+    ("f", tensors(emb_params=[2, 4]), ONE, "f", [(2, 4)]),
+    ("<n>=f", tensors(X=[2, 4]), ONE, "<n>", [(2, 4)]),
+    ("f", tensors(clip_g=[2, 6], clip_l=[2, 4]), TWO, "f", [(2, 4), (2, 6)]),
+    ("f", tensors(text_encoders_0=[4], text_encoders_1=[6]), TWO, "f", [(1, 4), (1, 6)]),
+    ("f", tensors(clip_l=[2, 4], clip_g=[2, 6]), REFINER, "f", [(2, 6)]),
+    ("f", {"<x>": torch.ones(2, 4, dtype=torch.bfloat16)}, ONE, "<x>", [(2, 4)]),
+    ("f", {"<x>": torch.ones(2, 4, dtype=torch.float16)}, ONE, "<x>", [(2, 4)]),
 ])
 def test_files_of_textual_inversion(tmp_path, given, content, widths, name, shapes):
     save_file(content, tmp_path / "f.safetensors")
@@ -361,14 +364,16 @@ def test_files_of_textual_inversion(tmp_path, given, content, widths, name, shap
 
 
 @pytest.mark.parametrize(("content", "widths", "message"), [
-    (tensors(X=[2, 5]), [4], r"got <x> of shape \(2, 5\), expected \[2, 4\]"),
-    (tensors(X=[2, 2, 4]), [4], "of shape"),
-    (tensors(X=[4], Y=[4]), [4], "got 2 tensors .*expected one tensor"),
-    (tensors(clip_l=[4], clip_g=[6]), [4], "expected one tensor; it was trained for another kind of model"),
-    (tensors(X=[4]), [4, 6], "expected clip_l and clip_g"),
-    (tensors(clip_l=[2, 4], clip_g=[3, 6]), [4, 6], "of shape"),
-    ({"<x>": torch.ones(4, dtype=torch.int32)}, [4], "floating-point tensors"),
-    (b"no file of this kind", [4], "not a safetensors file"),
+    (tensors(X=[2, 5]), ONE, r"got <x> of shape \(2, 5\), expected \[2, 4\]"),
+    (tensors(X=[2, 2, 4]), ONE, "of shape"),
+    (tensors(X=[4], Y=[4]), ONE, "got 2 tensors .*expected one tensor"),
+    (tensors(clip_l=[4], clip_g=[6]), ONE, "expected one tensor; it was trained for another kind of model"),
+    (tensors(X=[4]), TWO, "expected clip_l and clip_g"),
+    (tensors(X=[6]), REFINER, "expected clip_l and clip_g"),
+    (tensors(clip_l=[4], clip_g=[6], X=[4]), TWO, "got 3 tensors"),
+    (tensors(clip_l=[2, 4], clip_g=[3, 6]), TWO, "of shape"),
+    ({"<x>": torch.ones(4, dtype=torch.int32)}, ONE, "floating-point tensors"),
+    (b"no file of this kind", ONE, "not a safetensors file"),
 ])
 def test_files_that_are_none(tmp_path, content, widths, message):
     file = tmp_path / "f.safetensors"
@@ -381,14 +386,14 @@ def test_embeddings_that_cannot_be_used_together(tmp_path):
     save_file({"<x>": torch.ones(3, 4)}, tmp_path / "a.safetensors")
     a = str(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="got two named '<x>'"):
-        load_all([a, f"<X>={a}"], [4], 75)
+        load_all([a, f"<X>={a}"], ONE, 75)
     with pytest.raises(ValueError, match="got 3 vectors in '<x>', expected at most 2"):
-        load_all([a], [4], 2)
+        load_all([a], ONE, 2)
     with pytest.raises(ValueError, match=r"f.pt: got a file that ends in '.pt'.*python -m export.embedding"):
         (tmp_path / "f.pt").touch()
-        load(tmp_path / "f.pt", [4])
+        load(tmp_path / "f.pt", ONE)
     with pytest.raises(ValueError, match="which is no file, expected FILE or NAME=FILE"):
-        load("nowhere.safetensors", [4])
+        load("nowhere.safetensors", ONE)
 
 
 def test_a_word_of_the_model_is_no_name(model, width, vectors, tmp_path):
@@ -443,7 +448,7 @@ def test_pickles_are_converted(tmp_path, content, name, expected):
     torch.save(content, tmp_path / "f.pt")
     found = convert(tmp_path / "f.pt", tmp_path / "out" / "f.safetensors", name)
     assert {key: tuple(value.shape) for key, value in found.items()} == expected
-    widths = [shape[1] for shape in expected.values()]
+    widths = ONE if len(expected) == 1 else TWO
     embedding = load(tmp_path / "out" / "f.safetensors", widths)
     assert embedding.name == (next(iter(expected)) if len(widths) == 1 else "f")
     assert all((v == 1).all() for v in embedding.vectors)

@@ -22,7 +22,8 @@ from engines import Bundle, EngineError
 from engines.choice import choose
 from export import ExportError, trace
 from export.checkpoint import open_checkpoint
-from export.component import export_component, graphs, precision
+from export.component import export_component, precision
+from export.graphs import graphs
 from export.single_file import CONFIGS
 from runtime import Pipeline
 from runtime.text import PromptTokenizer
