@@ -88,7 +88,7 @@ def _build(options: argparse.Namespace) -> int:
             "auto", dtype or "auto", bundle=bundle, size=next(iter(options.size), None), batch=options.batch[0],
             device=device or "auto", threads=options.threads, build=device is not None)
         print(f"auto: {backend} {dtype} on {device}: {why}", file=sys.stderr)
-    rest = {"threads": options.threads, "device": device or "cpu",
+    rest = {"threads": options.threads, "device": device or "cpu", "sequence": options.tokens,
             "options": {**dict(map(_option, options.option)), **kernel_options(options)}}
     paths = store.build_all(bundle, backend, sizes=options.size, batches=options.batch, dtype=dtype or "fp32",
                             components=options.component, rebuild=options.rebuild, check=not options.no_check, **rest)
@@ -258,6 +258,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("auto", *DTYPES),
                      help="precision to compute in; auto is the backend's choice for this machine, and on a GPU the "
                           "graph's (default: fp32; auto with --backend auto)")
+    sub.add_argument("--tokens", type=positive, default=0, metavar="N",
+                     help="of the text: 77 for each chunk of a long prompt (default: one prompt's)")
     sub.add_argument("--component", nargs="+", default=(), metavar="NAME", help="only these components")
     sub.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: the physical cores)")
     sub.add_argument("--device", metavar="NAME",

@@ -215,6 +215,11 @@ class Bundle:
             raise EngineError(f"{self.path}: got component {name!r}, "
                               f"expected one of {', '.join(self.manifest.components)}") from e
 
+    @property
+    def tokens(self) -> int:
+        """Of a prompt, as the UNet is given it."""
+        return max(text.max_length for text in self.manifest.text)
+
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError, naming the nearest size that fits, unless the model can draw height x width pixels."""
         latent = self.manifest.latent
@@ -225,16 +230,17 @@ class Bundle:
                              f"(VAE factor {latent.factor} x UNet depth {latent.multiple}); try {near}")
 
     def config(self, name: str, *, backend: str, height: int, width: int, batch: int, dtype: str = "fp32",
-               **rest: Any) -> EngineConfig:
+               sequence: int = 0, **rest: Any) -> EngineConfig:
         """The EngineConfig of component `name` for pictures of height×width pixels and `batch` rows.
 
-        Only the dimensions that the component has are set, so that one text encoder serves every picture size.
+        sequence: tokens of the text; 0 for those of one prompt. Only the dimensions that the component has are set, so
+        that one text encoder serves every picture size.
         """
         component = self.component(name)
         factor = self.manifest.latent.factor
         values: dict[str, Any] = {
             "height": height, "width": width, "latent_height": height // factor, "latent_width": width // factor,
-            "sequence": max(t.max_length for t in self.manifest.text)}
+            "sequence": sequence or self.tokens}
         used = {d for spec in (*component.inputs, *component.outputs) for d in spec.shape if isinstance(d, str)}
         return EngineConfig(backend=backend, dtype=dtype, batch=batch,
                             **{k: v for k, v in values.items() if k in used}, **rest)

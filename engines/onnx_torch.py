@@ -388,7 +388,7 @@ OPS: dict[str, Callable[[Run, Node], Any]] = {
     "Pow": _one(operator.pow), "MatMul": _one(operator.matmul), "Neg": _one(operator.neg),
     "Identity": _one(lambda x: x), "Sigmoid": _one(torch.sigmoid), "Sin": _one(torch.sin), "Cos": _one(torch.cos),
     "Exp": _one(torch.exp), "Sqrt": _one(torch.sqrt), "Tanh": _one(torch.tanh), "Erf": _one(torch.erf),
-    "Where": _one(torch.where),
+    "Where": _one(torch.where), "Greater": _one(torch.gt),
     "Gelu": lambda run, node: F.gelu(run.tensor(node.inputs[0]),
                                      approximate=node.attributes.get("approximate", "none")),
     "Swish": lambda run, node: (x := run.tensor(node.inputs[0])) * torch.sigmoid(x * node.attributes.get("alpha", 1.0)),

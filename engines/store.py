@@ -250,6 +250,7 @@ def rebuild_command(bundle: Bundle, component: str | None, config: EngineConfig)
     words = ["python", "-m", "engines", "build", str(bundle.path), "--backend", config.backend,
              *(["--component", component] if component else []), "--batch", str(batch), "--dtype", config.dtype]
     words += ["--size", f"{height}x{width}"] if height else []
+    words += ["--tokens", str(config.sequence)] if config.sequence not in (0, bundle.tokens) else []
     words += ["--threads", str(config.threads)] if config.threads else []
     words += ["--device", config.device] if config.device != "cpu" else []
     words += [w for name, value in config.options.items() for w in ("--option", f"{name}={value}")]

@@ -5,7 +5,8 @@ Each graph says its inputs and outputs, in the dimension names of `engines.Engin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -64,7 +65,10 @@ class Graph(nn.Module):
 
 
 class TextEncoder(Graph):
-    """Token ids → the hidden states that the UNet attends to (the last layer, after the final norm)."""
+    """Token ids → the hidden states that the UNet attends to (the last layer, after the final norm).
+
+    Where `placed` is above 0 the vector of the token is that of `embeddings` (textual inversion, arXiv 2208.01618).
+    """
 
     source = "text_encoder"
 
@@ -72,11 +76,26 @@ class TextEncoder(Graph):
         super().__init__(model, checkpoint)
         self.config = {text.name: text.config for text in checkpoint.texts}[self.source]
         length, width = checkpoint.max_length, self.config["hidden_size"]
-        self.inputs = (TensorSpec("input_ids", "int64", ("batch", length)),)
+        self.inputs = (TensorSpec("input_ids", "int64", ("batch", length)),
+                       TensorSpec("embeddings", "float32", ("batch", length, width)),
+                       TensorSpec("placed", "float32", ("batch", length)))
         self.outputs = (TensorSpec("hidden_states", "float32", ("batch", length, width)),)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return self.model(input_ids).last_hidden_state.float()
+    def forward(self, input_ids: torch.Tensor, embeddings: torch.Tensor,
+                placed: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        with self._placing(embeddings, placed):
+            return self.model(input_ids).last_hidden_state.float()
+
+    @contextlib.contextmanager
+    def _placing(self, embeddings: torch.Tensor, placed: torch.Tensor) -> Iterator[None]:
+        def place(module: nn.Module, args: object, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.where(placed[..., None] > 0, embeddings.to(tokens.dtype), tokens)
+
+        hook = self.model.get_input_embeddings().register_forward_hook(place)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 class FirstXLTextEncoder(TextEncoder):
@@ -87,12 +106,16 @@ class FirstXLTextEncoder(TextEncoder):
         encoder = next(module for module in self.model.modules() if isinstance(module, CLIPEncoder))
         return nn.ModuleList(encoder.layers[:-1])
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids, output_hidden_states=True).hidden_states[-2].float()
+    def forward(self, input_ids: torch.Tensor, embeddings: torch.Tensor, placed: torch.Tensor) -> torch.Tensor:
+        with self._placing(embeddings, placed):
+            return self.model(input_ids, output_hidden_states=True).hidden_states[-2].float()
 
 
 class SecondXLTextEncoder(TextEncoder):
-    """Token ids → the last hidden states but one, and the projected last state of the end token (the pooled text)."""
+    """Token ids → the last hidden states but one, and the projected last state of the end token (the pooled text).
+
+    The end token is found by its id; that of a token whose vector is placed is 0.
+    """
 
     source = "text_encoder_2"
 
@@ -100,8 +123,10 @@ class SecondXLTextEncoder(TextEncoder):
         super().__init__(model, checkpoint)
         self.outputs += (TensorSpec("text_embeds", "float32", ("batch", self.config["projection_dim"])),)
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        encoded = self.model(input_ids, output_hidden_states=True)
+    def forward(self, input_ids: torch.Tensor, embeddings: torch.Tensor,
+                placed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with self._placing(embeddings, placed):
+            encoded = self.model(input_ids, output_hidden_states=True)
         return encoded.hidden_states[-2].float(), encoded.text_embeds.float()
 
 

@@ -18,10 +18,15 @@ from export import ExportError, first_line
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 _LIGHTNING = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
               "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint")
+_PARAMETERS = "torch.nn.modules.container.ParameterDict"
 
 
 class _Ignored:
     """Stands for PyTorch Lightning's ModelCheckpoint, which the original files name and nothing here uses."""
+
+
+class _Parameters:
+    """Stands for PyTorch's ParameterDict, which old textual inversions have: its tensors are in `_parameters`."""
 
 
 class StateDict(Mapping[str, torch.Tensor]):
@@ -40,7 +45,7 @@ class StateDict(Mapping[str, torch.Tensor]):
                 raise ExportError(f"{path}: not a whole safetensors file ({first_line(e)}); copy it again") from e
             self._names, self._read = frozenset(file.keys()), file.get_tensor
         elif path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-            data = _read_pickle(path)
+            data = read_pickle(path)
             found = data.get("state_dict", data)
             tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
             if isinstance(step := data.get("global_step"), int):
@@ -64,9 +69,10 @@ class StateDict(Mapping[str, torch.Tensor]):
         return name in self._names
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary that PyTorch saved. Raises ExportError where it is none, is damaged, or would run code."""
     try:
-        with safe_globals([(_Ignored, name) for name in _LIGHTNING]):
+        with safe_globals([*((_Ignored, name) for name in _LIGHTNING), (_Parameters, _PARAMETERS)]):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # torch's safe unpickler raises whatever the bytes of a damaged file lead it to
         if isinstance(e, pickle.UnpicklingError) and (found := _REFUSED.search(str(e))):

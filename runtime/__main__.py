@@ -16,7 +16,7 @@ from engines.choice import choose
 from engines.interrupt import interruptible
 from engines.options import picture_size
 from runtime import EngineError, Pipeline, Request, Result, images, tasks
-from runtime.request import BLENDS, ENCODINGS, TASKS
+from runtime.request import BLENDS, ENCODINGS, PROMPT_STYLES, TASKS
 from runtime.schedulers import names
 
 EXAMPLES = """\
@@ -129,6 +129,10 @@ def _parser() -> argparse.ArgumentParser:
     add("bundle", help="directory that `python -m export` wrote")
     add("prompt", nargs="*", help="what to draw; several prompts are drawn as one batch")
     add("--negative", dest="negative_prompt", metavar="TEXT", help="what to keep away from (default: nothing)")
+    add("--prompt-style", choices=PROMPT_STYLES, help="weighted: (word:1.3), [word] and BREAK as in the Stable "
+        "Diffusion web UI, and prompts of any length (default: plain, as in diffusers)")
+    add("--embedding", dest="embeddings", action="append", metavar="[NAME=]FILE", help="textual inversion to use, a "
+        ".safetensors file, whose name stands for it in the prompts; may be given again for others")
     add("--steps", type=int, metavar="N", help="solver steps (default 50)")
     add("--guidance", type=float, metavar="G", help="classifier-free guidance scale; 1 or below: off (default 7.5)")
     add("--guidance-rescale", type=float, metavar="PHI", help="0 to 1, against over-exposure (default 0)")

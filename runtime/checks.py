@@ -68,3 +68,9 @@ def pair(name: str, value: Any, low: int) -> tuple[int, int]:
 def picture(name: str, value: object) -> None:
     if value is not None and not isinstance(value, (str, Path, Image.Image, np.ndarray)):
         raise ValueError(f"{name}: got {type(value).__name__}, expected the path of a picture, a PIL image or an array")
+
+
+def embeddings(value: Any) -> tuple[str, ...]:
+    if isinstance(value, (str, Path)) or not all(isinstance(one, (str, Path)) for one in value):
+        raise ValueError(f"embeddings: got {value!r}, expected a list of FILE or NAME=FILE")
+    return tuple(str(one) for one in value)

@@ -26,12 +26,12 @@ from runtime.buffers import BoundEngine
 from runtime.decode import Decoder
 from runtime.denoise import Job, denoise
 from runtime.device import Cuda, Device
-from runtime.encode import TextEncoders
+from runtime.encode import Text, TextEncoders
 from runtime.host import Host
 from runtime.request import Request, Step
 from runtime.slots import Capacity, Slots
 from runtime.tasks import Encoded, Model, blank, jobs, paste, resolve, table_of
-from runtime.unet import Inputs, UNet
+from runtime.unet import UNet
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Pipeline:
         self._safety_checker, self._depth_estimator = safety_checker, depth_estimator
         self._host, self._eager = Host(), eager
         self._gpus: dict[int, Cuda] = {}
-        self._engines: dict[tuple[str, int, int, int], BoundEngine] = {}
+        self._engines: dict[tuple[str, int, int, int, int], BoundEngine] = {}
         self._decoders: dict[tuple[int, int], Decoder] = {}
         self._slots: dict[tuple[Any, ...], Slots] = {}
         self._unet = UNet(bundle, self._engine, engines.in_parts(bundle, backend))
@@ -154,10 +154,9 @@ class Pipeline:
         if not requests:
             return []
         start = time.perf_counter()
-        texts = self.encode([prompt for r in requests for prompt in (r.negative_prompt, r.prompt)])
-        pairs = [{name: values[2 * i:2 * i + 2] for name, values in texts.items()} for i in range(len(requests))]
+        texts = self.encode(requests)
         encoded = time.perf_counter()
-        drawn = self._denoise(requests, pairs)
+        drawn = self._denoise(requests, texts)
         denoised = time.perf_counter()
         images, withheld = self._finish(requests, drawn)
         end = time.perf_counter()
@@ -166,9 +165,12 @@ class Pipeline:
         return [Result(r, tuple(images[i]), np.stack([j.latents for j in drawn[i]]), timings,
                        any(j.cancelled for j in drawn[i]), tuple(withheld[i])) for i, r in enumerate(requests)]
 
-    def encode(self, prompts: Sequence[str | None]) -> dict[str, np.ndarray]:
-        """What the UNet is told of one prompt or more, float32 [n, …] by its inputs: see `TextEncoders`."""
-        return self._texts(prompts)
+    def encode(self, requests: Sequence[Request]) -> list[Text]:
+        """What the text encoders make of the prompts of each request.
+
+        Raises ValueError for a weighted prompt or an embedding that cannot be used.
+        """
+        return self._texts(requests)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents float32 [n, C, h, w] to pictures float32 [n, height, width, 3] in [0, 1]."""
@@ -177,17 +179,19 @@ class Pipeline:
         images = [decoder(latents=latent[None])["image"][0].transpose(1, 2, 0) * 0.5 + 0.5 for latent in latents]
         return np.stack(images).clip(0.0, 1.0)
 
-    def _denoise(self, requests: list[Request], texts: Sequence[Inputs]) -> list[list[Job]]:
-        """Run every image of every request to its last step; sizes in turn, for a static shape holds one size."""
+    def _denoise(self, requests: list[Request], texts: list[Text]) -> list[list[Job]]:
+        """Run every image of every request to its last step; static shapes hold one size and one length of text, so
+        those in turn."""
         drawn: list[list[Job]] = [[] for _ in requests]
-        for job in jobs(requests, texts, self._model):
+        for job in jobs(requests, [text.inputs for text in texts], self._model):
             drawn[job.request_index].append(job)
-        sizes = dict.fromkeys(_size(r) for r in requests)
+        shapes = [(_size(r), text.tokens) for r, text in zip(requests, texts, strict=True)]
         evaluations = sum(job.table.rows for group in drawn for job in group)
         with self._bar(total=evaluations, desc="denoise", unit="step") as bar:
-            for size in sizes:
-                group = [j for r, images in zip(requests, drawn, strict=True) if _size(r) == size for j in images]
-                denoise(partial(self._unet.step, size), self._slots_for(size, group), group,
+            for size, tokens in dict.fromkeys(shapes):
+                group = [j for shape, images in zip(shapes, drawn, strict=True) if shape == (size, tokens)
+                         for j in images]
+                denoise(partial(self._unet.step, size, tokens=tokens), self._slots_for(size, tokens, group), group,
                         self._after_step(drawn, bar))
         return drawn
 
@@ -236,13 +240,13 @@ class Pipeline:
             self._decoders[size] = Decoder(self._engine("vae_decoder", 1, *size))
         return Image.fromarray(self._decoders[size](latents[None])[0])
 
-    def _slots_for(self, size: tuple[int, int], jobs: list[Job]) -> Slots:
+    def _slots_for(self, size: tuple[int, int], tokens: int, jobs: list[Job]) -> Slots:
         """Slots of this size that hold the jobs; kept, so that their addresses, and graphs with them, stay."""
         needed = Capacity.of(jobs)
         key = (*size, needed.memory, needed.times)
         if key not in self._slots or self._slots[key].capacity.rows < needed.rows:
             rows = self.batch * (2 if any(job.request.guided for job in jobs) else 1)
-            self._slots[key] = Slots(self._unet.step(size, rows).device, self.batch, needed)
+            self._slots[key] = Slots(self._unet.step(size, rows, tokens).device, self.batch, needed)
         return self._slots[key]
 
     def _capture(self) -> None:
@@ -257,13 +261,17 @@ class Pipeline:
         finally:
             self._progress = progress
 
-    def _engine(self, component: str, batch: int, height: int = 0, width: int = 0) -> BoundEngine:
-        """The engine of a static shape, loaded (and built, where need be) at its first use and kept."""
-        key = (component, batch, height, width)
+    def _engine(self, component: str, batch: int, height: int = 0, width: int = 0, *, tokens: int = 0) -> BoundEngine:
+        """The engine of a static shape, loaded (and built, where need be) at its first use and kept.
+
+        tokens: of the text, 0 for those of one prompt.
+        """
+        tokens = tokens or self.bundle.tokens
+        key = (component, batch, height, width, tokens)
         if key not in self._engines:
             dtype = self.bundle.component(component).dtype if engines.backend(self.backend).ON_GPU else self.dtype
             config = self.bundle.config(component, backend=self.backend, dtype=dtype, batch=batch, height=height,
-                                        width=width, threads=self._threads, device=self.device)
+                                        width=width, sequence=tokens, threads=self._threads, device=self.device)
             start = time.perf_counter()
             engine = engines.load(self.bundle, component, config)
             self._engines[key] = BoundEngine(engine, self._place(engine))

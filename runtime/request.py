@@ -12,9 +12,11 @@ from typing import Any, Self
 import numpy as np
 
 from runtime import checks
+from runtime.prompt import parse
 
 TASKS = ("text-to-image", "image-to-image", "inpaint", "depth-to-image", "upscale", "invert")
 OUTPUTS = ("image", "latent")
+PROMPT_STYLES = ("plain", "weighted")
 BLENDS = ("current", "next", "before")
 ENCODINGS = ("sample", "mean")
 MAX_SEED = 2**64 - 1
@@ -43,8 +45,12 @@ class Step:
 class Request:
     """One prompt and everything that shapes its pictures.
 
-    prompt, negative_prompt: text; tokens past the encoder's length are dropped with a warning. None is what the model
-    takes for no negative prompt: the empty one, or zeros in Stable Diffusion XL.
+    prompt, negative_prompt: text. None is what the model takes for no negative prompt: the empty one, or zeros in
+    Stable Diffusion XL.
+    prompt_style: "plain", brackets are text and tokens past the encoder's length are dropped with a warning, as in
+    diffusers; or "weighted", `(word:1.3)`, `[word]` and BREAK mean what they do in the Stable Diffusion web UI, and a
+    prompt may be of any length (`runtime.prompt`). embeddings: textual inversions, "FILE" or "NAME=FILE"
+    (`runtime.embeddings`), whose names stand for them in both prompts.
     height, width: pixels; None takes the size of `image`, rounded down to one that the model draws, or without one the
     size the pipeline was loaded with.
     steps: solver steps. guidance: classifier-free guidance scale (arXiv 2207.12598); at 1 or below the model runs
@@ -79,6 +85,8 @@ class Request:
 
     prompt: str
     negative_prompt: str | None = None
+    prompt_style: str = "plain"
+    embeddings: tuple[str | Path, ...] = ()
     height: int | None = None
     width: int | None = None
     steps: int = 50
@@ -113,6 +121,10 @@ class Request:
         checks.text("prompt", self.prompt)
         if self.negative_prompt is not None:
             checks.text("negative_prompt", self.negative_prompt)
+        checks.choice("prompt_style", self.prompt_style, PROMPT_STYLES)
+        for prompt in (self.prompt, self.negative_prompt or "") if self.prompt_style == "weighted" else ():
+            parse(prompt)
+        object.__setattr__(self, "embeddings", checks.embeddings(self.embeddings))
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 checks.whole(name, getattr(self, name), 1, 2**16)

@@ -15,8 +15,9 @@ Inputs = dict[str, np.ndarray]
 class UNet:
     """Gives the inputs of a step that can be computed before it, and the engine of the step.
 
-    engine: the bound engine of a component, rows, and height and width in pixels (0 where there are none). parts:
-    whether to run the graphs of `export.hoist`, or the whole one, whose text and time are what the model was given.
+    engine: the bound engine of a component, rows, height and width in pixels (0 where there are none), and tokens of
+    the text (0: of one prompt). parts: whether to run the graphs of `export.hoist`, or the whole one, whose text and
+    time are what the model was given.
     """
 
     def __init__(self, bundle: Bundle, engine: Callable[..., BoundEngine], parts: bool) -> None:
@@ -32,15 +33,15 @@ class UNet:
             self._engine("unet_time", TIME_ROWS)
         self.step(size, rows)
 
-    def step(self, size: tuple[int, int], rows: int) -> BoundEngine:
+    def step(self, size: tuple[int, int], rows: int, tokens: int = 0) -> BoundEngine:
         """The engine that reads sample, text and time, and writes noise_pred."""
-        return self._engine(self._body, rows, *size)
+        return self._engine(self._body, rows, *size, tokens=tokens)
 
     def fixed(self, given: Inputs) -> Inputs:
         """Inputs of the step that stay for a whole request, [2, …] each, negative prompt first; given: what the model
         takes of text and of numbers such as sizes, [2, …] each."""
         if self._parts:
-            engine = self._engine("unet_text", 2)
+            engine = self._engine("unet_text", 2, tokens=given["encoder_hidden_states"].shape[1])
             found = engine(**{name: given[name] for name in engine.engine.inputs})
             given = given | {name: value.copy() for name, value in found.items()}
         return self._wanted(given)

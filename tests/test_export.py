@@ -194,7 +194,8 @@ def test_manifest(folder, bundle):
     shapes = {spec.name: spec.shape for c in own for spec in (*c.inputs, *c.outputs)}
     latents = ("batch", 4, "latent_height", "latent_width")
     assert shapes == {
-        "input_ids": ("batch", 77), "hidden_states": ("batch", 77, 32), "sample": latents, "timestep": ("batch",),
+        "input_ids": ("batch", 77), "embeddings": ("batch", 77, 32), "placed": ("batch", 77),
+        "hidden_states": ("batch", 77, 32), "sample": latents, "timestep": ("batch",),
         "encoder_hidden_states": ("batch", "sequence", 32), "noise_pred": latents, "latents": latents, "mean": latents,
         "std": latents, "image": ("batch", 3, "height", "width")}
     for c in manifest.components.values():

@@ -68,7 +68,9 @@ def test_the_unet_is_given_what_diffusers_gives_it(folder, bundle):
     for text in bundle.manifest.text:
         tokenize = PromptTokenizer(bundle.path, text)
         ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in prompts]))
-        hidden, *rest = run(bundle.path / bundle.component(text.component).file, (ids,))
+        component = bundle.component(text.component)
+        none = [torch.zeros(spec.resolve({"batch": 2}).shape) for spec in component.inputs[1:]]
+        hidden, *rest = run(bundle.path / component.file, (ids, *none))
         assert text.hidden_layer == "penultimate" and bool(rest) == (text.pooled == "text_embeds")
         states.append(hidden)
         pooled = rest[0] if rest else pooled

@@ -172,10 +172,14 @@ def _vae(levels: int = 4, **options: Any) -> AutoencoderKL:
 
 def _text(width: int, layers: int, act: str, model: type[nn.Module] = CLIPTextModel) -> nn.Module:
     size = len(_tokenizer(pad=EOS))
-    return model(CLIPTextConfig(
+    made = model(CLIPTextConfig(
         vocab_size=size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=4, hidden_act=act, initializer_factor=4.0, bos_token_id=size - 2, eos_token_id=size - 1,
         pad_token_id=1, projection_dim=width, max_position_embeddings=77))
+    *_, norm = (module for module in made.modules() if isinstance(module, nn.LayerNorm))
+    with torch.no_grad():  # a fresh one gives states whose mean is 0, which those of trained models is not
+        norm.bias += 0.3
+    return made
 
 
 def _tokenizer(pad: str) -> CLIPTokenizer:

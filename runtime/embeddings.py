@@ -1,0 +1,98 @@
+"""Textual inversion (Gal et al., arXiv 2208.01618): learned vectors that stand for a word of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+LARGEST = 1 << 26
+"""Bytes; an embedding has some kilobytes, and a whole checkpoint is not read by mistake."""
+
+_NAMELESS = ("emb_params", "*")
+_ENCODERS = {"text_encoder": ("clip_l", "text_encoders_0"), "text_encoder_2": ("clip_g", "text_encoders_1")}
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """name: the word that stands for it. vectors: for each text encoder of the model, float32 [n, width]."""
+
+    name: str
+    vectors: tuple[np.ndarray, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.vectors[0])
+
+
+def load(given: str | Path, widths: Mapping[str, int]) -> Embedding:
+    """Read "FILE" or "NAME=FILE", a .safetensors file, for text encoders of these widths, by component.
+
+    For "text_encoder" alone: a file of one tensor [width] or [n, width], whose name is the word unless one is given;
+    that of the file where the tensor's says nothing ("emb_params"). With "text_encoder_2", as Stable Diffusion XL has
+    it: tensors clip_l and clip_g (or text_encoders_0 and text_encoders_1), of which its refiner takes the latter alone.
+    Raises ValueError for any other file, and where there is none.
+    """
+    name, equals, file = str(given).partition("=")
+    if not equals or Path(given).is_file():
+        name, file = "", str(given)
+    path = Path(file)
+    found = _read(path)
+    if "text_encoder_2" in widths:
+        keys = [key for component in widths for key in _ENCODERS[component] if key in found]
+        others = set(found) - {key for names in _ENCODERS.values() for key in names}
+        word, expected = path.stem, "clip_l and clip_g, for the two text encoders of the model"
+    else:
+        keys, others = list(found), set[str]()
+        word, expected = path.stem if keys[0] in _NAMELESS else keys[0], "one tensor"
+    if len(keys) != len(widths) or others:
+        raise ValueError(f"{path}: got {len(found)} tensors ({', '.join(list(found)[:4])}), expected {expected}; "
+                         "it was trained for another kind of model, or is no textual inversion")
+    vectors = tuple(np.atleast_2d(found[key]) for key in keys)
+    for key, array, width in zip(keys, vectors, widths.values(), strict=True):
+        if array.ndim != 2 or array.shape[1] != width or len(array) != len(vectors[0]):
+            raise ValueError(f"{path}: got {key} of shape {array.shape}, expected [{len(vectors[0])}, {width}]; it was "
+                             "trained for another model")
+    return Embedding(name or word, vectors)
+
+
+def load_all(given: Sequence[str | Path], widths: Mapping[str, int], room: int) -> tuple[Embedding, ...]:
+    """`load` for each. Raises ValueError too where two have one name, or one has more vectors than a prompt tokens."""
+    found = tuple(load(one, widths) for one in given)
+    names = [embedding.name.lower() for embedding in found]
+    for embedding in found:
+        if names.count(embedding.name.lower()) > 1:
+            raise ValueError(f"embeddings: got two named {embedding.name!r}, expected different names; "
+                             "give one of them another: NAME=FILE")
+        if embedding.count > room:
+            raise ValueError(f"embeddings: got {embedding.count} vectors in {embedding.name!r}, expected at most "
+                             f"{room}, the tokens of a prompt")
+    return found
+
+
+def _read(path: Path) -> Mapping[str, np.ndarray]:
+    """The tensors of a safetensors file in float32, by name, at least one."""
+    if not path.is_file():
+        raise ValueError(f"embeddings: got {str(path)!r}, which is no file, expected FILE or NAME=FILE")
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path}: got a file that ends in {path.suffix!r}, expected .safetensors; convert it with: "
+                         f"python -m export.embedding {path} -o {path.with_suffix('.safetensors')}")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path}: got {path.stat().st_size >> 20} MiB, expected an embedding of some kilobytes")
+    try:
+        found = {name: _float32(**tensor) for name, tensor in deserialize(path.read_bytes())}
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise ValueError(f"{path}: not a safetensors file of floating-point tensors ({e!r}); copy it again") from e
+    if not found:
+        raise ValueError(f"{path}: got no tensor, expected a textual inversion")
+    return found
+
+
+def _float32(dtype: str, shape: Sequence[int], data: bytes) -> np.ndarray:
+    if dtype == "BF16":
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return np.frombuffer(data, _DTYPES[dtype]).astype(np.float32).reshape(shape)
