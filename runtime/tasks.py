@@ -73,7 +73,7 @@ def task_of(request: Request, manifest: Manifest) -> str:
     tasks = manifest.tasks
     brought = {name for name in PICTURES if getattr(request, name) is not None}
     wanted = "inpaint" if "mask" in brought else "image-to-image" if "image" in brought else "text-to-image"
-    task = tasks[0] if len(tasks) == 1 else wanted
+    task = wanted if wanted in tasks else tasks[0]
     if request.task == "invert" and request.output != "latent":
         raise ValueError(f"output: got {request.output!r} for a picture to invert, expected 'latent': what comes "
                          "of it is noise, to be passed on as latents=…")
