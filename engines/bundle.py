@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ from engines.spec import EngineConfig, EngineError, TensorSpec
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CONTROL = "control_"
+"""What the name of a component that is a ControlNet begins with; the net's own name follows."""
+PARTS = ("text", "time", "hint", "body")
+"""What the names of the graphs end with that `export.hoist` cuts one into: unet_text, unet_time, unet_body."""
 LARGE = 1 << 26
 """Bytes from which on the hash of a file is remembered while it is unchanged."""
 
@@ -189,6 +194,17 @@ class Bundle:
             raise EngineError(f"{self.path}: got component {name!r}, "
                               f"expected one of {', '.join(self.manifest.components)}") from e
 
+    def part_of(self, name: str) -> str | None:
+        """The component that `name` is a part of ("unet" for "unet_text"), None where it is whole itself."""
+        whole, _, part = name.rpartition("_")
+        return whole if part in PARTS and whole in self.manifest.components else None
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the ControlNets that are attached."""
+        return tuple(name.removeprefix(CONTROL) for name in self.manifest.components
+                     if name.startswith(CONTROL) and not self.part_of(name))
+
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError, naming the nearest size that fits, unless the model can draw height x width pixels."""
         latent = self.manifest.latent
@@ -225,9 +241,11 @@ class Bundle:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `directory`/manifest.json (the directory is the temporary one of `engines.publish.publish`)."""
+    """Write `directory`/manifest.json, or replace the one that is there by one rename."""
     text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n"
-    (directory / MANIFEST).write_text(text, encoding="utf8")
+    new = directory / f".{MANIFEST}.tmp"
+    new.write_text(text, encoding="utf8")
+    os.replace(new, directory / MANIFEST)
 
 
 def hash_file(path: Path) -> str:

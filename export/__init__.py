@@ -17,6 +17,7 @@ from engines.publish import publish
 from engines.spec import DTYPES
 
 if TYPE_CHECKING:
+    from export.addition import Addition
     from export.checkpoint import Checkpoint
 
 FAMILIES = ("sd1", "sd2-base", "sd2-v")
@@ -83,10 +84,11 @@ def _manifest(source: Checkpoint, components: dict[str, Any], directory: Path) -
         latent=LatentSpec(channels=source.vae["latent_channels"], scale=source.scale, shift=source.shift,
                           factor=source.factor, multiple=source.multiple),
         text=texts, default_size=source.default_size,
-        files=hash_files(directory, [text.tokenizer for text in texts]), provenance=_provenance(source))
+        files=hash_files(directory, [text.tokenizer for text in texts]), provenance=provenance(source))
 
 
-def _provenance(source: Checkpoint) -> dict[str, Any]:
+def provenance(source: Checkpoint | Addition) -> dict[str, Any]:
+    """What a component was made of, with what and when."""
     try:
         version = importlib.metadata.version("latentrt")
     except importlib.metadata.PackageNotFoundError:

@@ -155,12 +155,12 @@ def open_folder(path: Path, tokenizer: str | Path | None = None) -> Checkpoint:
     two = "text_encoder_2" in models
     if two and tokenizer:
         raise ExportError(f"{path}: got a tokenizer for a model that has two of its own; leave out --tokenizer")
-    weights = tuple(file for name in models for file in _weight_files(path / name))
+    weights = tuple(file for name in models for file in weight_files(path / name))
     return Checkpoint(
         name=path.resolve().name, root=path, weights=weights, **read_configs(path, models),
         tokenizer=load_tokenizer(Path(tokenizer) if tokenizer else path / "tokenizer"),
         tokenizer_2=load_tokenizer(path / "tokenizer_2") if two else None,
-        load=lambda name: _load_folder(path / name, models[name]))
+        load=lambda name: load_folder(path / name, models[name]))
 
 
 def read_pipeline(path: Path) -> Mapping[str, Any]:
@@ -197,7 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weights of one component as diffusers would choose them: safetensors before .bin, full before fp16."""
     for suffix in (".safetensors", ".bin"):
         files = sorted(f for f in folder.glob(f"*{suffix}")
@@ -208,8 +208,9 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ExportError(f"{folder}: no weights, expected a .safetensors or .bin file; copy the whole checkpoint")
 
 
-def _load_folder(folder: Path, model: Any) -> torch.nn.Module:
-    files = _weight_files(folder)
+def load_folder(folder: Path, model: Any) -> torch.nn.Module:
+    """One component, of class `model`, with float32 weights and in eval mode. Raises ExportError."""
+    files = weight_files(folder)
     try:
         module, info = model.from_pretrained(
             folder, torch_dtype=torch.float32, variant="fp16" if ".fp16" in files[0].name else None,

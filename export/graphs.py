@@ -6,6 +6,7 @@ Each graph says its inputs and outputs, in the dimension names of `engines.Engin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,8 @@ class Graph(nn.Module):
     outputs: tuple[TensorSpec, ...]
     invariant: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Part of the graph that `export.hoist` cuts out → inputs that it may depend on."""
+    shapes: Mapping[str, tuple[int | str, ...]] = MappingProxyType({})
+    """Part → the shape of what it hands over, where ONNX cannot infer it."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         super().__init__()
