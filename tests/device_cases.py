@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+import kernels.accumulate
 import kernels.guidance_step
 import kernels.step_input
-import kernels.to_image  # noqa: F401 - registers torch.ops.latentrt, as the two above do
+import kernels.to_image  # noqa: F401 - registers torch.ops.latentrt, as the three above do
 from engines import TensorSpec
 from runtime import Request
 from runtime.buffers import BoundEngine
