@@ -58,7 +58,8 @@ class Addition:
 
     @property
     def vae_overflows(self) -> bool:
-        return self.manifest.family == "sdxl" and bool(self.config.get("force_upcast", True))
+        overflows = self.manifest.time_ids or self.manifest.low_res_scheduler
+        return bool(overflows) and bool(self.config.get("force_upcast", True))
 
     @property
     def factor(self) -> int:

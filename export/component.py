@@ -22,14 +22,12 @@ from export import ExportError
 from export.addition import Addition
 from export.checkpoint import Checkpoint
 from export.control import add_residuals, adding, residual_specs
-from export.graphs import GRAPHS, XL_GRAPHS, Graph
+from export.graphs import Graph, graphs
 from export.hoist import Part, hoist
 from export.trace import trace
 
 logger = logging.getLogger(__name__)
 
-COMPONENTS = tuple(GRAPHS)
-"""Of Stable Diffusion 1.x and 2.x; `graphs` says those of a checkpoint."""
 STAGES = ("load", "trace", "save", "check")
 """Of each component."""
 
@@ -39,13 +37,6 @@ SEED = 1234
 """Of the inputs that a graph is checked with."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def graphs(checkpoint: Checkpoint | Addition) -> Mapping[str, type[Graph]]:
-    """The components of a checkpoint's bundle → how each is traced."""
-    if isinstance(checkpoint, Addition):
-        return checkpoint.graphs
-    return XL_GRAPHS if checkpoint.text_encoder_2 else GRAPHS
 
 
 def precision(name: str, checkpoint: Checkpoint | Addition, dtype: str) -> str:
@@ -120,9 +111,7 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
 
 def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
     with torch.no_grad():
-        outputs = graph(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {spec.name: value.numpy() for spec, value in zip(graph.outputs, outputs, strict=True)}
+        return {spec.name: value.numpy() for spec, value in zip(graph.outputs, graph.run(inputs), strict=True)}
 
 
 def _residuals(name: str, checkpoint: Checkpoint | Addition) -> tuple[TensorSpec, ...]:
@@ -133,7 +122,7 @@ def _residuals(name: str, checkpoint: Checkpoint | Addition) -> tuple[TensorSpec
 
 
 def _load(name: str, checkpoint: Checkpoint | Addition) -> Graph:
-    graph = graphs(checkpoint)[name]
+    graph = (checkpoint.graphs if isinstance(checkpoint, Addition) else graphs(checkpoint))[name]
     with _no_progress_bars():
         return graph(checkpoint.load(graph.source), cast(Checkpoint, checkpoint)).eval()
 

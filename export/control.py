@@ -18,9 +18,12 @@ from torch import nn
 
 from engines.spec import TensorSpec
 from export import ExportError
-from export.checkpoint import TIME_IDS, Checkpoint
+from export.checkpoint import Checkpoint
 from export.graphs import Graph, UNet
 from export.trace import count_sites
+
+TIME_IDS = 6
+"""Numbers that a net of Stable Diffusion XL takes beside the pooled text, as the base model does."""
 
 
 def residual_specs(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
