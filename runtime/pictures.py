@@ -45,6 +45,12 @@ def pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(sized, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
 
 
+def hint(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """float32 [3, height, width] in [0, 1], as ControlNets take it, resized to `size` with Lanczos' filter."""
+    sized = _resized(image.convert("RGB"), size, Image.Resampling.LANCZOS)
+    return np.asarray(sized, np.float32).transpose(2, 0, 1) / np.float32(255)
+
+
 def soft_mask(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """float32 [height, width] in [0, 1], of the nearest pixels; grey stays grey. size: of the latents."""
     return np.asarray(_resized(image.convert("L"), size, Image.Resampling.NEAREST), np.float32) / np.float32(255)
