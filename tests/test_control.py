@@ -46,9 +46,9 @@ def checkpoint(checkpoints) -> Path:
     return checkpoints["sd1"]
 
 
-@pytest.fixture(scope="module")
-def net(checkpoint, tmp_path_factory) -> Path:
-    return tiny.control(tmp_path_factory.mktemp("control") / "edge net", checkpoint)
+@pytest.fixture
+def net(edge_net) -> Path:
+    return edge_net
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,14 @@ def plain(bundles) -> Bundle:
     return Bundle.open(bundles["sd1"])
 
 
-@pytest.fixture(scope="module")
-def controlled(plain, net, tmp_path_factory) -> Bundle:
-    path = shutil.copytree(plain.path, tmp_path_factory.mktemp("controlled") / "bundle",
-                           ignore=shutil.ignore_patterns("engines"))
-    return attach(net, path, progress=False)
+@pytest.fixture(name="controlled")
+def opened(controlled) -> Bundle:
+    return Bundle.open(controlled)
 
 
 @pytest.fixture
 def bundle(controlled, tmp_path) -> Bundle:
-    return Bundle.open(shutil.copytree(controlled.path, tmp_path / "bundle"))
+    return Bundle.open(shutil.copytree(controlled.path, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")))
 
 
 def run(bundle: Bundle, name: str, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -89,10 +87,10 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def truth(checkpoint, net) -> dict[str, np.ndarray]:
+def truth(checkpoint, edge_net) -> dict[str, np.ndarray]:
     """Residuals and prediction of diffusers, a row at a time: its conditioning_scale is one number for all."""
     feed = {name: torch.from_numpy(value) for name, value in inputs().items()}
-    model, unet = ControlNetModel.from_pretrained(net), UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    model, unet = ControlNetModel.from_pretrained(edge_net), UNet2DConditionModel.from_pretrained(checkpoint / "unet")
     rows: list[dict[str, np.ndarray]] = []
     with torch.no_grad():
         for n in range(ROWS):
