@@ -138,7 +138,7 @@ class Manifest:
         if self.meanings:
             return (TASKS[self.meanings],)
         encodes = "vae_encoder" in self.components
-        found = ("text-to-image", "image-to-image", "inpaint") if encodes else ("text-to-image",)
+        found = ("text-to-image", "image-to-image", "inpaint", "invert") if encodes else ("text-to-image",)
         return found if self.time_ids != 5 else found[1:]
 
     def to_json(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from runtime import checks
 from runtime.control import Control, read_controls
 
+TASKS = ("text-to-image", "image-to-image", "inpaint", "depth-to-image", "upscale", "invert")
 OUTPUTS = ("image", "latent")
 BLENDS = ("current", "next", "before")
 ENCODINGS = ("sample", "mean")
@@ -56,12 +57,14 @@ class Request:
     output: "image", or "latent" to stop before decoding.
     on_step: called with a `Step` after every evaluation; returning False cancels the request.
 
+    task: one of TASKS, to be refused where the model does another; None for what the pictures say.
     Of tasks that begin with a picture (`docs/tasks.md`), None where there is none:
 
     image: a file, PIL image, uint8 or float [H, W, 3] array, or float32 latents [C, h, w] (one for each of `count`, if
     there are four dimensions). strength: 0 to 1, the share of the steps that are run on it; None is the task's own.
     mask: white is painted anew, black stays. depth: of every pixel, in any unit, as a picture or [H, W] array.
-    encoding: latents of the picture as a "sample" of what the VAE gives, or its "mean".
+    encoding: latents of the picture as a "sample" of what the VAE gives, or its "mean"; None for the mean to invert,
+    for a sample else.
     blend: how a model without a mask of its own keeps what is masked: with the picture at the noise level of the step
     just taken ("current"), of the step that follows ("next", as diffusers does today), or with new noise before every
     step ("before", as CompVis does). paste: put the picture's own pixels back where the mask is black.
@@ -92,11 +95,12 @@ class Request:
     latents: np.ndarray | None = field(default=None, compare=False)
     output: str = "image"
     on_step: Callable[[Step], bool | None] | None = field(default=None, compare=False, repr=False)
+    task: str | None = None
     image: Any = field(default=None, compare=False)
     strength: float | None = None
     mask: Any = field(default=None, compare=False)
     depth: Any = field(default=None, compare=False)
-    encoding: str = "sample"
+    encoding: str | None = None
     blend: str = "current"
     paste: bool = False
     noise_level: int | None = None
@@ -130,9 +134,12 @@ class Request:
             checks.whole("noise_level", self.noise_level, 0, 1000)
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ValueError(f"scheduler: got {self.scheduler!r}, expected a name such as 'ddim', or None")
+        if self.task is not None:
+            checks.choice("task", self.task, TASKS)
         checks.choice("output", self.output, OUTPUTS)
         checks.choice("blend", self.blend, BLENDS)
-        checks.choice("encoding", self.encoding, ENCODINGS)
+        if self.encoding is not None:
+            checks.choice("encoding", self.encoding, ENCODINGS)
         for name, low in (("original_size", 1), ("crop", 0), ("target_size", 1)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checks.pair(name, getattr(self, name), low))

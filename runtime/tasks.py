@@ -6,6 +6,8 @@
                       Blended Latent Diffusion, 2022); or with mask and masked picture as channels of the UNet
     depth-to-image    image-to-image, with a depth map as a channel of the UNet
     upscale           from noise, with a noised low-resolution picture as channels of the UNet
+    invert            from a picture to the noise that DDIM draws it from, which is what `Result.latents` then are; no
+                      other solver and, best, guidance 1
 
 A manifest says which of them its model does. Noise is drawn in the order in which diffusers draws it: that of a
 low-resolution picture, of the picture's latents, of the start, of the masked picture's latents.
@@ -28,14 +30,17 @@ from runtime.control import Conditions, Control
 from runtime.denoise import Job
 from runtime.noise import Generator
 from runtime.request import PICTURES, Request
-from runtime.schedulers import Table, make_table, signal_and_sigma
+from runtime.schedulers import Table, inversion_table, make_table, signal_and_sigma
 from runtime.step import initial_state
 from runtime.unet import Inputs, UNet
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "text-to-image": (), "image-to-image": ("image",), "inpaint": ("image", "mask"),
-    "depth-to-image": ("image", "depth"), "upscale": ("image",)}
+    "depth-to-image": ("image", "depth"), "upscale": ("image",), "invert": ("image",)}
 """Task → the pictures that a request brings."""
+
+WHOLE = ("text-to-image", "upscale", "invert")
+"""Tasks that run the whole schedule."""
 
 NOISE_LEVEL = 20
 """Of an upscaler's low-resolution picture, unless the request says another (diffusers' default)."""
@@ -73,14 +78,20 @@ def task_of(request: Request, manifest: Manifest) -> str:
     brought = {name for name in PICTURES if getattr(request, name) is not None}
     wanted = "inpaint" if "mask" in brought else "image-to-image" if "image" in brought else "text-to-image"
     task = tasks[0] if len(tasks) == 1 else wanted
+    if request.task == "invert" and request.output != "latent":
+        raise ValueError(f"output: got {request.output!r} for a picture to invert, expected 'latent': what comes "
+                         "of it is noise, to be passed on as latents=…")
+    if request.task is not None and request.task not in tasks:
+        raise ValueError(f"task: got {request.task!r}, expected one of {', '.join(tasks)}, which is what this "
+                         f"{manifest.family} model does; use a model that does {request.task}")
+    task = request.task or task
     for name in NEEDS[task]:
         if name not in brought:
             raise ValueError(f"{name}: got none, expected one, for this model does {task}; pass {name}=…")
     for name in sorted(brought - set(NEEDS[task])):
-        able = ", ".join(t for t, names in NEEDS.items() if name in names)
-        raise ValueError(f"{name}: got one, but this model does {', '.join(tasks)}; leave it out, or use a model that "
-                         f"does {able}")
-    for name, where in (("strength", NEEDS[task] and task != "upscale"), ("noise_level", task == "upscale"),
+        able = " or ".join(t for t, names in NEEDS.items() if name in names)
+        raise ValueError(f"{name}: got one, but {task} takes none; leave it out, or use a model that does {able}")
+    for name, where in (("strength", task not in WHOLE), ("noise_level", task == "upscale"),
                         ("original_size", manifest.time_ids), ("target_size", manifest.time_ids)):
         if getattr(request, name) is not None and not where:
             raise ValueError(f"{name}: got {getattr(request, name)!r}, which {task} with this {manifest.family} model "
@@ -107,7 +118,7 @@ def resolve(request: Request, manifest: Manifest, size: tuple[int, int]) -> Requ
         filled["noise_level"] = level = NOISE_LEVEL if request.noise_level is None else request.noise_level
         if level > manifest.max_noise_level:
             raise ValueError(f"noise_level: got {level}, expected at most {manifest.max_noise_level}")
-    elif task != "text-to-image" and request.strength is None:  # the defaults of diffusers' pipelines
+    elif task not in WHOLE and request.strength is None:  # the defaults of diffusers' pipelines
         whole = task == "inpaint" and (channels or request.blend == "next")
         filled["strength"] = 1.0 if whole else 0.3 if manifest.time_ids else 0.8
     return dataclasses.replace(request, **filled)
@@ -127,6 +138,8 @@ def picture_size(request: Request, manifest: Manifest) -> tuple[int, int]:
 
 def table_of(request: Request, manifest: Manifest) -> Table:
     """The rows of the solver that a resolved request runs: the checkpoint's own scheduler unless it names another."""
+    if request.task == "invert":
+        return inversion_table(manifest.scheduler, request.steps)
     steps = None if request.timesteps is not None else request.steps
 
     def table(start: int = 0) -> Table:
@@ -215,7 +228,7 @@ class _Begin:
         x0 = None if self.start is None else self._sample(self.start, noise, image)
         first = noise.randn(self.shape) if request.latents is None else request.latents[image]
         state = initial_state(table, first)
-        if x0 is not None and request.denoising_start is not None:
+        if x0 is not None and (request.denoising_start is not None or self.task == "invert"):
             state[0] = x0
         elif x0 is not None and not (self.blends and request.blend == "next" and request.strength == 1):
             signal, sigma = self.level
@@ -223,6 +236,8 @@ class _Begin:
         if self.masked is not None:
             channels["mask"] = self.mask[None, ::self.factor, ::self.factor]
             channels["masked_image"] = self._sample(self.masked, noise, image)
+        elif self.blends and request.blend == "next":
+            noise.randn(self.shape)  # diffusers encodes the masked picture for these too, and does not use it
         if self.task == "depth-to-image":
             channels["depth"] = pictures.depth_map(request.depth, self.size)
         known = np.stack([x0, first, self._keep()]) if x0 is not None and self.blends else None
@@ -248,7 +263,7 @@ class _Begin:
         """Latents of image number `image` of the request, drawn if it wants a sample of what the VAE gives."""
         if isinstance(encoded, np.ndarray):
             return encoded[image]
-        if self.request.encoding == "mean":
+        if self.request.encoding == "mean" or (self.request.encoding is None and self.task == "invert"):
             return encoded.mean
         return encoded.mean + encoded.std * noise.randn(self.shape)
 

@@ -250,6 +250,29 @@ def test_xl_image_to_image(made):
     assert_same(ours, request, drawn_by(pipe, request, image=IMAGE, strength=0.5))
 
 
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_inversion(made, name):
+    """The published loop in torch, for noise and v; DDIM draws the picture from what comes of it."""
+    checkpoint, ours = made(name)
+    pipe = reference("StableDiffusionPipeline", checkpoint, "ddim")
+    pixels = torch.from_numpy(np.array(IMAGE, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    text, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+    pipe.scheduler.set_timesteps(10)
+    with torch.no_grad():
+        z = known = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        before = pipe.scheduler.final_alpha_cumprod
+        for t in reversed(pipe.scheduler.timesteps):
+            now, m = pipe.scheduler.alphas_cumprod[t], pipe.unet(z, t, text).sample
+            noise = m if name == "sd1" else before.sqrt() * m + (1 - before).sqrt() * z
+            z = now.sqrt() * (z - (1 - before).sqrt() * noise) / before.sqrt() + (1 - now).sqrt() * noise
+            before = now
+    request = request_of(image=IMAGE, task="invert", guidance=1.0, steps=10, output="latent")
+    noise = ours(request).latents
+    np.testing.assert_allclose(noise, z.numpy(), atol=1e-3, rtol=1e-3)
+    again = ours(request_of(latents=noise, guidance=1.0, steps=10, scheduler="ddim", height=SIZE[0], width=SIZE[1]))
+    assert np.corrcoef(again.latents.ravel(), known.numpy().ravel())[0, 1] > 0.9
+
+
 def test_tasks_of_one_batch(made):
     """Text, a picture and a mask in one batch of two slots: each as when it is alone."""
     _, one = made("sd1")
@@ -290,7 +313,7 @@ def test_a_safety_checker_sees_every_picture(made):
 
 @pytest.mark.parametrize(("name", "options", "message"), [
     ("sd1", {"mask": MASK}, "image: got none, expected one, for this model does inpaint"),
-    ("sd1", {"depth": DEPTH}, "depth: got one, but this model does .* use a model that does depth-to-image"),
+    ("sd1", {"depth": DEPTH}, "depth: got one, but text-to-image takes none; .* use a model that does depth-to-image"),
     ("sd1", {"strength": 0.5}, "strength: got 0.5, which text-to-image"),
     ("sd1", {"noise_level": 3}, "noise_level: got 3"),
     ("sd1", {"image": IMAGE, "blend": "next"}, "blend, paste: got them for image-to-image"),
@@ -302,6 +325,9 @@ def test_a_safety_checker_sees_every_picture(made):
     ("depth", {"image": IMAGE, "depth": np.ones((4, 4))}, "depth: got 1 everywhere"),
     ("upscaler", {"image": IMAGE, "noise_level": 400}, "noise_level: got 400, expected at most 350"),
     ("refiner", {}, "image: got none, expected one, for this model does"),
+    ("sd1", {"task": "upscale"}, "task: got 'upscale', expected one of .* use a model that does upscale"),
+    ("sd1", {"task": "inpaint", "image": IMAGE}, "mask: got none"),
+    ("sd1", {"task": "draw"}, "task: got 'draw', expected one of text-to-image"),
     ("sd1", {"image": "nothing.png"}, "image: nothing.png is not a picture"),
 ])
 def test_what_a_model_does_not_do_is_refused(made, name, options, message):
@@ -313,6 +339,6 @@ def test_what_a_model_does_not_do_is_refused(made, name, options, message):
 def test_bundles_say_what_they_do(made):
     tasks = {name: made(name)[1].bundle.manifest.tasks
              for name in ("sd1", "inpainting_2", "depth", "upscaler", "sdxl", "refiner")}
-    assert tasks == {"sd1": ("text-to-image", "image-to-image", "inpaint"), "inpainting_2": ("inpaint",),
-                     "depth": ("depth-to-image",), "upscaler": ("upscale",),
-                     "sdxl": ("text-to-image", "image-to-image", "inpaint"), "refiner": ("image-to-image", "inpaint")}
+    base = ("text-to-image", "image-to-image", "inpaint", "invert")
+    assert tasks == {"sd1": base, "inpainting_2": ("inpaint",), "depth": ("depth-to-image",), "upscaler": ("upscale",),
+                     "sdxl": base, "refiner": base[1:]}

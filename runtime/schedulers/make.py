@@ -46,6 +46,14 @@ def make_table(config: Mapping[str, Any], steps: int | None, *, scheduler: str |
         return _solve(name, settings, steps, eta, timesteps, start)
 
 
+def inversion_table(config: Mapping[str, Any], steps: int) -> Table:
+    """The table that finds the noise of a clean sample: that from which DDIM in as many steps comes back to it.
+
+    config, steps: as of `make_table`; the schedule is the config's, whatever its solver. Raises ValueError likewise.
+    """
+    return discrete.ddim_inversion(resolve(config, "ddim")[1], steps)
+
+
 def signal_and_sigma(config: Mapping[str, Any], timestep: int) -> tuple[float, float]:
     """The forward process of a schedule at one timestep: x = signal · x0 + sigma · noise.
 
