@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtime import checks
+from runtime.hints import PREPROCESSORS
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,9 @@ class Control:
     """One ControlNet of a request.
 
     name: that it was attached under. image: its hint, a file, PIL image or array as of `Request.image`, RGB; resized to
-    the picture's size. scale: what its residuals are multiplied by. start, end: the share of the steps that it is used
-    in: from which on, and until which. Raises ValueError for a value that cannot be.
+    the picture's size. preprocessor: "canny" where the hint is the edges of `image` (`runtime.hints`), None where it is
+    `image` itself. scale: what its residuals are multiplied by. start, end: the share of the steps that it is used in:
+    from which on, and until which. Raises ValueError for a value that cannot be.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Control:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    preprocessor: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
@@ -34,6 +38,8 @@ class Control:
         if self.image is None:
             raise ValueError(f"control: got no image for {self.name}, expected its hint; pass one")
         checks.picture("control", self.image)
+        if self.preprocessor is not None:
+            checks.choice("control preprocessor", self.preprocessor, tuple(PREPROCESSORS))
         checks.number("control scale", self.scale, -1000.0, 1000.0)
         checks.number("control start", self.start, 0.0, 1.0)
         checks.number("control end", self.end, 0.0, 1.0)
@@ -51,7 +57,7 @@ class Control:
     def to_json(self) -> dict[str, Any]:
         """Its fields; of an image given by hand, true."""
         image = str(self.image) if isinstance(self.image, (str, Path)) else True
-        return {"name": self.name, "image": image, "scale": self.scale, "start": self.start, "end": self.end}
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "image": image}
 
 
 @dataclass(frozen=True)

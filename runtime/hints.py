@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from engines import EngineError
 
 
 def canny(image: Image.Image | np.ndarray, low: float = 100, high: float = 200) -> Image.Image:
@@ -13,7 +16,7 @@ def canny(image: Image.Image | np.ndarray, low: float = 100, high: float = 200) 
 
     image: PIL, or uint8 [h, w, 3] (RGB) or [h, w]. low, high: gradients that an edge may have, and that it must have
     somewhere; 100 and 200 are what ControlNets for edges are used with. The gradient is that of the strongest channel.
-    Raises ValueError for another array or thresholds out of order, ImportError where OpenCV is missing.
+    Raises ValueError for another array or thresholds out of order, EngineError where OpenCV is missing.
     """
     pixels = np.asarray(image if not isinstance(image, Image.Image) or image.mode in ("L", "RGB")
                         else image.convert("RGB"))
@@ -25,9 +28,13 @@ def canny(image: Image.Image | np.ndarray, low: float = 100, high: float = 200) 
     return Image.fromarray(np.repeat(edges[:, :, None], 3, axis=2))
 
 
+PREPROCESSORS: dict[str, Callable[[Image.Image], Image.Image]] = {"canny": canny}
+"""What can make a hint of a picture, by the name that requests know."""
+
+
 def _opencv() -> Any:
     try:
         import cv2
     except ImportError as e:
-        raise ImportError("canny needs OpenCV; run: pip install opencv-python-headless") from e
+        raise EngineError(f"canny needs OpenCV ({e}); run: pip install opencv-python-headless") from e
     return cv2

@@ -28,6 +28,7 @@ from engines.bundle import Manifest
 from runtime import checks, pictures
 from runtime.control import Conditions, Control
 from runtime.denoise import Job
+from runtime.hints import PREPROCESSORS
 from runtime.noise import Generator
 from runtime.request import PICTURES, Request
 from runtime.schedulers import Table, inversion_table, make_table, signal_and_sigma
@@ -279,7 +280,8 @@ class _Begin:
 
 def _conditions(control: Control, net: UNet, told: Inputs, begin: _Begin) -> Conditions:
     """What a ControlNet is given; told: what the UNet is, of the text and of numbers."""
-    hint = net.hint(pictures.hint(pictures.read(control.image, "control"), begin.pixels))
+    preprocess = PREPROCESSORS[control.preprocessor] if control.preprocessor else None
+    hint = net.hint(pictures.hint(pictures.read(control.image, "control"), begin.pixels, preprocess))
     rows = {name: np.broadcast_to(value, (2, *value.shape[1:])) for name, value in hint.items()}
     times = net.time(begin.table.timesteps)
     return Conditions({**net.fixed(told), **rows}, {**times, "scale": control.scales(begin.table.rows)})

@@ -392,3 +392,9 @@ def test_canny():
             canny(wrong)
     with pytest.raises(ValueError, match="low, high: got 200 and 100"):
         canny(picture, 200, 100)
+
+
+def test_canny_without_opencv_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(EngineError, match=r"canny needs OpenCV .* run: pip install opencv-python-headless"):
+        canny(np.zeros((8, 8), np.uint8))

@@ -12,11 +12,15 @@ import diffusers
 import numpy as np
 import pytest
 from diffusers import ControlNetModel
+from PIL import Image
 
 from engines import Bundle
 from engines import onnxruntime as backend
 from engines.bundle import write_manifest
 from runtime import Control, Pipeline, Request
+from runtime.__main__ import main
+from runtime.hints import canny
+from runtime.images import metadata
 from tests.test_tasks import IMAGE, MASK, SIZE, assert_same, drawn_by, picture, request_of
 from tests.tolerances import BATCH_IMAGE_MAX
 
@@ -96,6 +100,33 @@ def test_inpainting(ours, reference):
     assert_same(ours, request, expected)
 
 
+def test_edges_are_made_of_a_picture(ours):
+    """Of the size that is drawn, whatever that of the picture is."""
+    pytest.importorskip("cv2", reason="needs opencv-python-headless")
+    large = picture(2 * SIZE[0], 2 * SIZE[1], seed=1)
+    edges = canny(large.resize(SIZE[::-1], Image.Resampling.LANCZOS))
+    assert 0.01 < (np.asarray(edges) > 0).mean() < 0.5
+    made, given = (ours(request_of(steps=2, control=edge(**options))).latents
+                   for options in ({"image": large, "preprocessor": "canny"}, {"image": edges}))
+    np.testing.assert_array_equal(made, given)
+
+
+def test_command_line(path, tmp_path, capsys):
+    """And the picture repeats itself, with the hint from its file."""
+    HINT.save(tmp_path / "hint.png")
+    command = [str(path), "--backend", "onnxruntime", "--dtype", "fp32", "--quiet"]
+    asked = ["a cat", "--steps", "2", "--seed", "1", "--size", "64x128", "--control", "edge-net",
+             str(tmp_path / "hint.png"), "scale=0.5", "end=0.5"]
+    assert main([*command, *asked, "-o", str(tmp_path / "a.png")]) == 0
+    assert main([*command, "--from", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 0
+    stored = metadata(tmp_path / "b.png")["request"]["control"]
+    assert stored == [{"name": "edge-net", "image": str(tmp_path / "hint.png"), "scale": 0.5, "start": 0.0, "end": 0.5,
+                       "preprocessor": None}]
+    assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab"))
+    assert main([*command, "a cat", "--control", "edge-net", "-o", str(tmp_path / "c.png")]) == 2
+    assert "expected NAME FILE and any of scale=…, start=…, end=…, preprocessor=…" in capsys.readouterr().err
+
+
 def mixed() -> list[Request]:
     """With and without a net, guided and not, one that is used in a few steps only, and two."""
     return [request_of(steps=4, control=edge()), request_of(steps=3, seed=4),
@@ -125,7 +156,9 @@ def test_what_is_not_attached_is_refused(ours):
 @pytest.mark.parametrize("given, message", [
     (lambda: edge(scale=float("nan")), "control scale: got nan"), (lambda: edge(start=1.5), "control start: got 1.5"),
     (lambda: edge(start=0.5, end=0.5), "got start 0.5 and end 0.5"), (lambda: edge(name="a b"), "got the name 'a b'"),
-    (lambda: edge(image=None), "got no image for edge-net"), (lambda: [edge(), edge()], "got edge-net twice"),
+    (lambda: edge(image=None), "got no image for edge-net"),
+    (lambda: edge(preprocessor="hed"), "control preprocessor: got 'hed', expected one of canny"),
+    (lambda: [edge(), edge()], "got edge-net twice"),
     (lambda: HINT, "got Image, expected a Control"), (lambda: ["edge-net"], "got a str in the list"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_cannot_be_is_refused(given, message):
