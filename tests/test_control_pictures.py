@@ -114,16 +114,16 @@ def test_edges_are_made_of_a_picture(ours):
 def test_command_line(path, tmp_path, capsys):
     """And the picture repeats itself, with the hint from its file."""
     HINT.save(tmp_path / "hint.png")
-    command = [str(path), "--backend", "onnxruntime", "--dtype", "fp32", "--quiet"]
-    asked = ["a cat", "--steps", "2", "--seed", "1", "--size", "64x128", "--control", "edge-net",
+    engine = ["--backend", "onnxruntime", "--dtype", "fp32", "--quiet"]
+    asked = ["--steps", "2", "--seed", "1", "--size", "64x128", "--control", "edge-net",
              str(tmp_path / "hint.png"), "scale=0.5", "end=0.5"]
-    assert main([*command, *asked, "-o", str(tmp_path / "a.png")]) == 0
-    assert main([*command, "--from", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 0
+    assert main([str(path), "a cat", *engine, *asked, "-o", str(tmp_path / "a.png")]) == 0
+    assert main([str(path), *engine, "--from", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 0
     stored = metadata(tmp_path / "b.png")["request"]["control"]
     assert stored == [{"name": "edge-net", "image": str(tmp_path / "hint.png"), "scale": 0.5, "start": 0.0, "end": 0.5,
                        "preprocessor": None}]
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab"))
-    assert main([*command, "a cat", "--control", "edge-net", "-o", str(tmp_path / "c.png")]) == 2
+    assert main([str(path), "a cat", *engine, "--control", "edge-net", "-o", str(tmp_path / "c.png")]) == 2
     assert "expected NAME FILE and any of scale=…, start=…, end=…, preprocessor=…" in capsys.readouterr().err
 
 
