@@ -335,7 +335,7 @@ def writable_root(bundle: Bundle) -> Path:
 
 def _row_counts(component: str, batch: int) -> tuple[int, ...]:
     """The static batches that the runtime runs a component with, for `batch` pictures denoised together."""
-    if component == "text_encoder" or component.endswith("_text"):
+    if component.startswith("text_encoder") or component.endswith("_text"):
         return (2,)  # negative prompt and prompt
     if component.endswith("_time"):
         return (engines.TIME_ROWS,)
