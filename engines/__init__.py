@@ -36,9 +36,9 @@ def backend(name: str) -> Any:
     return getattr(found, attribute) if attribute else found
 
 
-def in_parts(bundle: Bundle, name: str) -> bool:
-    """Whether the runtime runs the UNet of a bundle in the parts of `export.hoist` with this backend, or whole."""
-    return backend(name).IN_PARTS and "unet_body" in bundle.manifest.components
+def in_parts(bundle: Bundle, name: str, component: str = "unet") -> bool:
+    """Whether the runtime runs a component of a bundle in the parts of `export.hoist` with this backend, or whole."""
+    return backend(name).IN_PARTS and f"{component}_body" in bundle.manifest.components
 
 
 def load(bundle: Bundle, component: str, config: EngineConfig) -> Engine:

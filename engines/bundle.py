@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ from engines.spec import EngineConfig, EngineError, TensorSpec
 
 FORMAT = 2  # 1 had text-to-image models only
 MANIFEST = "manifest.json"
+CONTROL = "control_"
+"""What the name of a component that is a ControlNet begins with; the net's own name follows."""
+PARTS = ("text", "time", "hint", "body")
+"""What the names of the graphs end with that `export.hoist` cuts one into: unet_text, unet_time, unet_body."""
 TASKS = {("mask", "masked_image"): "inpaint", ("depth",): "depth-to-image", ("low_resolution",): "upscale"}
 """Extra channels of a UNet → the one task that such a model does."""
 LARGE = 1 << 26
@@ -220,6 +225,17 @@ class Bundle:
         """Of a prompt, as the UNet is given it."""
         return max(text.max_length for text in self.manifest.text)
 
+    def part_of(self, name: str) -> str | None:
+        """The component that `name` is a part of ("unet" for "unet_text"), None where it is whole itself."""
+        whole, _, part = name.rpartition("_")
+        return whole if part in PARTS and whole in self.manifest.components else None
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the ControlNets that are attached."""
+        return tuple(name.removeprefix(CONTROL) for name in self.manifest.components
+                     if name.startswith(CONTROL) and not self.part_of(name))
+
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError, naming the nearest size that fits, unless the model can draw height x width pixels."""
         latent = self.manifest.latent
@@ -257,9 +273,11 @@ class Bundle:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `directory`/manifest.json (the directory is the temporary one of `engines.publish.publish`)."""
+    """Write `directory`/manifest.json, or replace the one that is there by one rename."""
     text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n"
-    (directory / MANIFEST).write_text(text, encoding="utf8")
+    new = directory / f".{MANIFEST}.tmp"
+    new.write_text(text, encoding="utf8")
+    os.replace(new, directory / MANIFEST)
 
 
 def hash_file(path: Path) -> str:

@@ -20,7 +20,7 @@ from engines.spec import EngineError
 from kernels.artefact import Artefact, KernelError, arch_for
 from kernels.calls import OPS, SOURCES
 
-NEEDED = ("step_input_fp32", "to_image_fp32_planes",
+NEEDED = ("step_input_fp32", "accumulate_fp32", "to_image_fp32_planes",
           *(f"guidance_step_fp32_memory{memory}" for memory in (1, 3, 7)))
 """Artefacts without which nothing runs; engines take and give float32 (docs/adr/0003-float32-at-the-border.md)."""
 

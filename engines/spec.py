@@ -11,6 +11,9 @@ import numpy as np
 
 DTYPES = ("fp32", "fp16", "bf16")
 
+LEVELS = (2, 4, 8, 16)
+"""What the size of the latents is divided by at the levels of a UNet below the first."""
+
 
 class EngineError(RuntimeError):
     """A bundle or an engine that cannot be read, built, trusted or run. The message says got / expected / do."""
@@ -21,7 +24,7 @@ class TensorSpec:
     """One input or output of a component: its name, numpy dtype name, and shape of ints and dimension names.
 
     Dimension names are those of `EngineConfig.dims`: batch, height, width (pixels), latent_height, latent_width,
-    sequence (tokens).
+    sequence (tokens), and latent_height_2, latent_width_2 … for the latents' size halved by each level of a UNet.
     """
 
     name: str
@@ -76,8 +79,10 @@ class EngineConfig:
     @property
     def dims(self) -> dict[str, int]:
         """Values of the dimension names that tensor specs use."""
-        return {name: getattr(self, name)
-                for name in ("batch", "height", "width", "latent_height", "latent_width", "sequence")}
+        return {**{name: getattr(self, name)
+                   for name in ("batch", "height", "width", "latent_height", "latent_width", "sequence")},
+                **{f"{name}_{level}": getattr(self, name) // level
+                   for level in LEVELS for name in ("latent_height", "latent_width")}}
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "options": dict(self.options)}

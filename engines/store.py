@@ -181,10 +181,14 @@ def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (),
 
 
 def used(bundle: Bundle, backend: str) -> list[str]:
-    """The components that the runtime runs with this backend."""
-    parts = engines.in_parts(bundle, backend)
-    return [name for name in bundle.manifest.components
-            if not name.startswith("unet") or name.startswith("unet_") == parts]
+    """The components that the runtime runs with this backend; a UNet that takes residuals only with a ControlNet."""
+    def runs(name: str) -> bool:
+        whole = bundle.part_of(name)
+        if (whole or name) == "unet_control" and not bundle.controls:
+            return False
+        return engines.in_parts(bundle, backend, whole or name) == (whole is not None)
+
+    return [name for name in bundle.manifest.components if runs(name)]
 
 
 def find(bundle: Bundle, component: str, config: EngineConfig) -> Path | None:
@@ -292,6 +296,8 @@ def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: b
 
 def _changes(bundle: Bundle, record: Record) -> dict[str, str]:
     """Parts of the key that are not today's: name → "name: then → now"."""
+    if record.component not in bundle.manifest.components:
+        return {"component.name": f"component.name: {record.component} → none"}
     then = dict(_flat(record.key))
     now = dict(_flat(key(bundle, record.component, record.config)))
     return {name: f"{name}: {then.get(name)} → {now.get(name)}" for name in sorted({*then, *now})
@@ -330,12 +336,12 @@ def writable_root(bundle: Bundle) -> Path:
 
 def _row_counts(component: str, batch: int) -> tuple[int, ...]:
     """The static batches that the runtime runs a component with, for `batch` pictures denoised together."""
-    if component in ("text_encoder", "unet_text"):
+    if component.startswith("text_encoder") or component.endswith("_text"):
         return (2,)  # negative prompt and prompt
-    if component == "unet_time":
+    if component.endswith("_time"):
         return (engines.TIME_ROWS,)
-    if component.startswith("vae"):
-        return (1,)  # pictures are decoded one by one: it is no slower, and memory stays that of one
+    if component.startswith("vae") or component.endswith("_hint"):
+        return (1,)  # pictures are decoded one by one: it is no slower, and memory stays that of one; so are hints
     return (batch, 2 * batch)  # without guidance, and with
 
 

@@ -213,7 +213,7 @@ def _from_parts(bundle: Bundle, config: EngineConfig, text: Arrays, time: Arrays
     """`text` and `time`, and what the engines of the UNet's parts of this config's kind make of them for its body."""
     text, time = dict(text), dict(time)
     for name in bundle.manifest.components:
-        if name.startswith(f"{UNET}_") and name != BODY:
+        if bundle.part_of(name) == UNET and name != BODY:
             _, own = store.plan(bundle, config.backend, sizes=[_pixels(bundle, config)], dtype=config.dtype,
                                 components=[name], device=config.device, threads=config.threads,
                                 options=config.options)[-1]

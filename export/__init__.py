@@ -17,6 +17,7 @@ from engines.publish import publish
 from engines.spec import DTYPES
 
 if TYPE_CHECKING:
+    from export.addition import Addition
     from export.checkpoint import Checkpoint
 
 FAMILIES = ("sd1", "sd2-base", "sd2-v", "x4")
@@ -86,10 +87,11 @@ def _manifest(source: Checkpoint, components: dict[str, Any], directory: Path) -
         text=texts, default_size=source.default_size, extra_channels=source.extra_channels,
         low_res_scheduler=source.low_res_scheduler, max_noise_level=source.max_noise_level,
         zero_negative=source.zero_negative,
-        files=hash_files(directory, [text.tokenizer for text in texts]), provenance=_provenance(source))
+        files=hash_files(directory, [text.tokenizer for text in texts]), provenance=provenance(source))
 
 
-def _provenance(source: Checkpoint) -> dict[str, Any]:
+def provenance(source: Checkpoint | Addition) -> dict[str, Any]:
+    """What a component was made of, with what and when."""
     try:
         version = importlib.metadata.version("latentrt")
     except importlib.metadata.PackageNotFoundError:

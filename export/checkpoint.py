@@ -184,13 +184,13 @@ def open_folder(path: Path, tokenizer: str | Path | None = None) -> Checkpoint:
         raise ExportError(f"{path}: got a UNet with addition_embed_type={found!r}, expected {takes!r} in a "
                           f"{index['_class_name']}; its folders are of different models")
     return Checkpoint(
-        name=path.resolve().name, root=path, weights=tuple(f for name in names for f in _weight_files(path / name)),
+        name=path.resolve().name, root=path, weights=tuple(f for name in names for f in weight_files(path / name)),
         unet=configs["unet"], vae=configs["vae"], scheduler=configs["scheduler"],
         texts=tuple(Text(name, configs[name], load_tokenizer(
             Path(tokenizer) if tokenizer else path / name.replace("text_encoder", "tokenizer"))) for name in texts),
         low_res_scheduler=configs.get("low_res_scheduler"), max_noise_level=index.get("max_noise_level", 0),
         zero_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
-        load=lambda name: _load_folder(path / name, MODELS[name]))
+        load=lambda name: load_folder(path / name, MODELS[name]))
 
 
 def read_pipeline(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -232,7 +232,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weights of one component as diffusers would choose them: safetensors before .bin, full before fp16."""
     for suffix in (".safetensors", ".bin"):
         files = sorted(f for f in folder.glob(f"*{suffix}")
@@ -243,8 +243,9 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ExportError(f"{folder}: no weights, expected a .safetensors or .bin file; copy the whole checkpoint")
 
 
-def _load_folder(folder: Path, model: Any) -> torch.nn.Module:
-    files = _weight_files(folder)
+def load_folder(folder: Path, model: Any) -> torch.nn.Module:
+    """One component, of class `model`, with float32 weights and in eval mode. Raises ExportError."""
+    files = weight_files(folder)
     try:
         module, info = model.from_pretrained(
             folder, torch_dtype=torch.float32, variant="fp16" if ".fp16" in files[0].name else None,

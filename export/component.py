@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -16,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from engines import verify
 from engines.bundle import Check, Component, hash_files
-from engines.spec import EngineConfig, EngineError
+from engines.spec import EngineConfig, EngineError, TensorSpec
 from export import ExportError
+from export.addition import Addition
 from export.checkpoint import Checkpoint
+from export.control import add_residuals, adding, residual_specs
 from export.graphs import Graph, graphs
 from export.hoist import Part, hoist
 from export.trace import trace
@@ -36,25 +39,30 @@ SEED = 1234
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def precision(name: str, checkpoint: Checkpoint, dtype: str) -> str:
+def precision(name: str, checkpoint: Checkpoint | Addition, dtype: str) -> str:
     """What component `name` has in a bundle of `dtype`: bf16 instead of fp16 for a VAE that overflows that."""
     return "bf16" if dtype == "fp16" and name.startswith("vae") and checkpoint.vae_overflows else dtype
 
 
-def export_component(name: str, checkpoint: Checkpoint, dtype: str, directory: Path,
+def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, directory: Path,
                      on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Component]:
     """Write `directory`/`name`.onnx and `name`.onnx.data, and check them; `on_stage` hears of each of STAGES.
 
-    Returns the component by its name, and the parts of `export.hoist` by theirs. Only one component's weights are in
-    memory at a time, and PyTorch's are gone before onnxruntime reads the file.
+    Returns the component by its name, and the parts of `export.hoist` by theirs; after a UNet also unet_control, which
+    takes the residuals of ControlNets, and its body. Only one component's weights are in memory at a time, and
+    PyTorch's are gone before onnxruntime reads the file.
     Raises ExportError where the graph is further from PyTorch than `engines.verify.TOLERANCE`.
     """
     on_stage(f"{name}: load")
     graph = _load(name, checkpoint)
-    inputs = graph.example(_dims(checkpoint, check=True), SEED)
-    with torch.no_grad():
-        outputs = graph.run(inputs)
-    expected = {spec.name: value.numpy() for spec, value in zip(graph.outputs, outputs, strict=True)}
+    dims = _dims(checkpoint, check=True)
+    inputs = graph.example(dims, SEED)
+    expected = _run(graph, inputs)
+    residuals = _residuals(name, checkpoint)
+    added = verify.inputs([spec.resolve(EngineConfig("", **dims).dims) for spec in residuals], SEED)
+    if residuals:
+        with adding(graph.model, [torch.from_numpy(value) for value in added.values()]):
+            controlled = _run(graph, inputs)
 
     on_stage(f"{name}: trace")
     graph.to(_DTYPES[dtype])
@@ -63,38 +71,63 @@ def export_component(name: str, checkpoint: Checkpoint, dtype: str, directory: P
     on_stage(f"{name}: save")
     file = directory / f"{name}.onnx"
     ir.save(model, file, external_data=f"{name}.onnx.data")
-    specs, invariant = (graph.inputs, graph.outputs), graph.invariant
+    specs, invariant, shapes = (graph.inputs, graph.outputs), graph.invariant, graph.shapes
     for value in model.graph.initializers.values():
         value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
-    del graph, model, outputs
-    parts = hoist(file, invariant, *specs) if invariant else {}
+    del graph, model
+    cut = hoist(file, invariant, *specs, shapes) if invariant else {}
+    parts = [f"{name}_{part}" for part in cut]
+    made = {name: Part(*specs, sites), **dict(zip(parts, cut.values(), strict=True))}
+    for plain in (name, f"{name}_body") if residuals else ():
+        if plain in made:
+            target = plain.replace(name, f"{name}_control", 1)
+            sites = add_residuals(directory / f"{plain}.onnx", residuals, directory / f"{target}.onnx")
+            made[target] = Part((*made[plain].inputs, *residuals), made[plain].outputs, sites)
 
     on_stage(f"{name}: check")
-    feed = {spec.name: value.numpy() for spec, value in zip(specs[0], inputs, strict=True)}
+    feed = {spec.name: value.numpy() for spec, value in zip(specs[0], inputs, strict=True)} | added
     weights = hash_files(directory, [f"{file.name}.data"])
 
-    def component(name: str, part: Part) -> Component:
-        return Component(f"{name}.onnx", hash_files(directory, [f"{name}.onnx"]) | weights, dtype, *part,
-                         Check("not checked", SEED, 0.0, 0.0))
+    def checked(names: Sequence[str], expected: dict[str, np.ndarray], reference: str) -> dict[str, Component]:
+        unchecked = Check("not checked", SEED, 0.0, 0.0)
+        found = {n: Component(f"{n}.onnx", hash_files(directory, [f"{n}.onnx"]) | weights, dtype, *made[n], unchecked)
+                 for n in names}
+        check = _check(list(found.values()), directory, dims, feed, expected, reference)
+        logger.info("%s: %s, relative RMS %.1e", ", ".join(names), dtype, check.rel_rms)
+        return {n: dataclasses.replace(component, check=check) for n, component in found.items()}
 
-    whole = component(name, Part(*specs, sites))
-    check = _check([whole], directory, feed, expected, REFERENCE)
-    logger.info("%s: %s, sites %s, relative RMS %.1e", name, dtype, sites, check.rel_rms)
-    components = {name: dataclasses.replace(whole, check=check)}
+    together = f"{REFERENCE}, the parts together"
+    components = checked([name], expected, REFERENCE)
     if parts:
-        made = {f"{name}_{part}": component(f"{name}_{part}", found) for part, found in parts.items()}
-        check = _check(list(made.values()), directory, feed, expected, f"{REFERENCE}, the parts together")
-        components |= {part: dataclasses.replace(found, check=check) for part, found in made.items()}
+        components |= checked(parts, expected, together)
+    if residuals:
+        control = f"{name}_control"
+        components |= checked([control], controlled, REFERENCE)
+        if parts:
+            found = checked([*parts[:-1], f"{control}_body"], controlled, together)
+            components[f"{control}_body"] = found[f"{control}_body"]
     return components
 
 
-def _load(name: str, checkpoint: Checkpoint) -> Graph:
-    graph = graphs(checkpoint)[name]
+def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        return {spec.name: value.numpy() for spec, value in zip(graph.outputs, graph.run(inputs), strict=True)}
+
+
+def _residuals(name: str, checkpoint: Checkpoint | Addition) -> tuple[TensorSpec, ...]:
+    """What a UNet may be given by ControlNets. There are none for upscalers, which is what class labels are for."""
+    if name != "unet" or isinstance(checkpoint, Addition) or checkpoint.unet.get("num_class_embeds") is not None:
+        return ()
+    return residual_specs(checkpoint.unet)
+
+
+def _load(name: str, checkpoint: Checkpoint | Addition) -> Graph:
+    graph = (checkpoint.graphs if isinstance(checkpoint, Addition) else graphs(checkpoint))[name]
     with _no_progress_bars():
-        return graph(checkpoint.load(graph.source), checkpoint).eval()
+        return graph(checkpoint.load(graph.source), cast(Checkpoint, checkpoint)).eval()
 
 
-def _dims(checkpoint: Checkpoint, check: bool) -> dict[str, int]:
+def _dims(checkpoint: Checkpoint | Addition, check: bool) -> dict[str, Any]:
     """Sizes to trace at and, different in every one, to check at: what was fixed by mistake shows."""
     unit, factor, length = checkpoint.multiple, checkpoint.factor, checkpoint.max_length
     batch, height, width, sequence = (3, unit, 2 * unit, length) if check else (2, 3 * unit, 4 * unit, 2 * length)
@@ -102,8 +135,8 @@ def _dims(checkpoint: Checkpoint, check: bool) -> dict[str, int]:
             "width": width * factor, "sequence": sequence}
 
 
-def _check(parts: Sequence[Component], directory: Path, feed: dict[str, np.ndarray], expected: dict[str, np.ndarray],
-           reference: str) -> Check:
+def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any], feed: dict[str, np.ndarray],
+           expected: dict[str, np.ndarray], reference: str) -> Check:
     """Run saved graphs, one after another, in onnxruntime on the CPU, widened to float32 if they are of 16 bits.
 
     What is then measured is the graph and the rounding of its weights: the CPU has no kernels for most 16-bit
@@ -112,12 +145,8 @@ def _check(parts: Sequence[Component], directory: Path, feed: dict[str, np.ndarr
     arrays = dict(feed)
     try:
         for part in parts:
-            sizes = {dim: size for spec in part.inputs
-                     for dim, size in zip(spec.shape, arrays[spec.name].shape, strict=True) if isinstance(dim, str)}
-            sizes |= {dim: size for spec in part.outputs if spec.name in expected
-                      for dim, size in zip(spec.shape, expected[spec.name].shape, strict=True) if isinstance(dim, str)}
             given = {spec.name: arrays[spec.name] for spec in part.inputs}
-            arrays |= verify.run_reference(directory / part.file, part, EngineConfig("onnxruntime", **sizes), given)
+            arrays |= verify.run_reference(directory / part.file, part, EngineConfig("onnxruntime", **dims), given)
         what = f"{', '.join(part.file for part in parts)} in {parts[0].dtype}"
         return verify.compare(arrays, expected, parts[0].dtype, what, SEED, reference)
     except EngineError as e:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import (
+    convert_controlnet_checkpoint,
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
@@ -20,6 +21,7 @@ from export import ExportError
 
 logger = logging.getLogger(__name__)
 
+CONTROL = "control_model."
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
 OPEN_CLIP = "cond_stage_model.model."
 
@@ -29,17 +31,21 @@ _LAYER = re.compile(r"cond_stage_model\.model\.transformer\.resblocks\.(\d+)\.")
 
 
 def convert(state: Mapping[str, torch.Tensor], component: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Float32 weights of "unet", "vae" or "text_encoder" by their new names.
+    """Float32 weights of "unet", "vae", "text_encoder" or "control" (a ControlNet) by their new names.
 
     EMA weights of the UNet are preferred where `state` has both. Raises ExportError for names that have no counterpart.
     """
-    names = [name for name in state if name.startswith(PREFIXES[component]) and not _unused(name, config)]
+    prefix = CONTROL if component == "control" else PREFIXES[component]
+    names = [name for name in state if name.startswith(prefix) and not _unused(name, config)]
     source = _ema(state, names) if component == "unet" else {}
     weights = {name: state[source.get(name, name)].float() for name in names}
     if component == "unet":
         converted = convert_ldm_unet_checkpoint(weights, dict(config))
     elif component == "vae":
         converted = convert_ldm_vae_checkpoint(weights, dict(config))
+    elif component == "control":
+        found = convert_controlnet_checkpoint(weights, dict(config))
+        converted = {name: value for name, value in found.items() if value is not None}  # None is one it looked for
     elif any(name.startswith(OPEN_CLIP) for name in names):
         model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
         converted = convert_open_clip_checkpoint(model, weights, prefix=OPEN_CLIP)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -26,6 +27,8 @@ class Graph(nn.Module):
     outputs: tuple[TensorSpec, ...]
     invariant: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Part of the graph that `export.hoist` cuts out → inputs that it may depend on."""
+    shapes: Mapping[str, tuple[int | str, ...]] = MappingProxyType({})
+    """Part → the shape of what it hands over, where ONNX cannot infer it."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         super().__init__()

@@ -8,6 +8,8 @@ to the step. Three graphs come of it, which share the weights file of the whole 
                 Stable Diffusion XL also of the pooled text and of sizes, which add to the embedding
     unet_body   sample and all of these ─▶ noise_pred                                   every step
 
+A ControlNet is cut in the same way, and has a fourth: control_NAME_hint, its picture ─▶ features, once for a request.
+
 Dependency alone decides, so whatever else a model computes from one of the two moves too. What depends on both stays,
 and so does layout (Reshape, Transpose …) behind the last computation, which backends fuse with what reads it.
 """
@@ -39,18 +41,22 @@ class Part(NamedTuple):
 
 
 def hoist(whole: Path, invariant: Mapping[str, Collection[str]], inputs: Sequence[TensorSpec],
-          outputs: Sequence[TensorSpec]) -> dict[str, Part]:
+          outputs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int | str, ...]] | None = None) -> dict[str, Part]:
     """Cut the graph in `whole` (say unet.onnx) and write its parts beside it; returns what each is.
 
     invariant: name of a part, "text" or "time" → those of `inputs` that it may depend on. The rest is "body", which
-    comes last. What is handed to it is float32 and has the name of the layer that computes it. Nothing is written where
-    a part would compute nothing. Raises ExportError where the shape of what is handed over is not known.
+    comes last. What is handed to it is float32 and has the name of the layer that computes it. shapes: part → the shape
+    of what it hands over, where ONNX cannot infer it, as from pixels to latents. Nothing is written where a part would
+    compute nothing. Raises ExportError where the shape of what is handed over is not known.
     """
     model = ir.load(whole)
     common.ShapeInferencePass()(model)  # for the dtypes
     cut = {part: _frontier(model.graph, names) for part, names in invariant.items()}
     if not all(cut.values()):
         return {}
+    for part, shape in (shapes or {}).items():
+        for value in cut[part]:
+            value.shape = ir.Shape(shape)
     _name_after_layers([value for values in cut.values() for value in values])
     given = {spec.name: spec for spec in inputs}
     parts: dict[str, Part] = {}

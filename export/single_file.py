@@ -86,18 +86,21 @@ def _family(path: Path, state: StateDict) -> str:
 
 
 def _load(where: str, name: str, config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    if name == "text_encoder":
-        model, info = MODELS[name].from_pretrained(
-            None, config=CLIPTextConfig.from_dict(dict(config)), state_dict=weights, torch_dtype=torch.float32,
-            output_loading_info=True)
-        missing, unexpected, shapes = info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]
-    else:
-        with torch.device("meta"):
-            model = MODELS[name].from_config(dict(config))
-        expected = {key: value.shape for key, value in model.state_dict().items()}
-        missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-        shapes = {key for key in expected.keys() & weights.keys() if expected[key] != weights[key].shape}
-        if not (missing or unexpected or shapes):
-            model.load_state_dict(weights, assign=True)
-    require_keys(where, missing, unexpected, shapes)
+    if name != "text_encoder":
+        return fit(where, MODELS[name], config, weights)
+    model, info = MODELS[name].from_pretrained(
+        None, config=CLIPTextConfig.from_dict(dict(config)), state_dict=weights, torch_dtype=torch.float32,
+        output_loading_info=True)
+    require_keys(where, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    return model.eval()
+
+
+def fit(where: str, kind: Any, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A model of class `kind` (of diffusers) with exactly these weights, in eval mode. Raises ExportError."""
+    with torch.device("meta"):
+        model = kind.from_config(dict(config))
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    shapes = {key for key in expected.keys() & weights.keys() if expected[key] != weights[key].shape}
+    require_keys(where, expected.keys() - weights.keys(), weights.keys() - expected.keys(), shapes)
+    model.load_state_dict(weights, assign=True)
     return model.eval()

@@ -33,7 +33,7 @@ from kernels import assemble
 from kernels.artefact import ARCHS, FORMAT, SCRATCH, Artefact, KernelError
 from kernels.variant import Variant
 
-OPS = ("attention", "group_norm", "layer_norm", "geglu", "step_input", "guidance_step", "to_image")
+OPS = ("attention", "group_norm", "layer_norm", "geglu", "step_input", "accumulate", "guidance_step", "to_image")
 
 MAX_SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Bytes of shared memory that one block can have (CUDA C++ Programming Guide, technical specifications)."""

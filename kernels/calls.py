@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from kernels.artefact import KernelError
 
-OPS = ("step_input", "guidance_step", "to_image")
+OPS = ("step_input", "accumulate", "guidance_step", "to_image")
 """What the runtime launches itself."""
 
-SOURCES = ("step_input.py", "guidance_step.py", "to_image.py", "step_table.py", "checks.py", "artefact.py", "calls.py")
+SOURCES = (*(f"{op}.py" for op in OPS), "step_table.py", "checks.py", "artefact.py", "calls.py")
 """The files that decide what these ops do and how they are launched."""
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -43,6 +43,9 @@ def call(op: str, shapes: Mapping[str, Shape], dtypes: Mapping[str, str]) -> Cal
                     lambda block: (-(-max(n, total) // block), images, 1 + shapes["columns"][0]),
                     {"n": n, "states": states, "first": rows - images, "rows": shapes["table"][1],
                      "width": shapes["table"][2], "total": total})
+    if op == "accumulate":
+        n, = shapes["x"]
+        return Call(f"accumulate_{_dtype(op, dtypes['x'])}", lambda block: (-(-n // block),), {"n": n})
     if op == "guidance_step":
         images, states, *latent = shapes["state"]
         n, rows = math.prod(latent), shapes["noise_pred"][0]

@@ -15,7 +15,7 @@ from engines import Bundle
 from engines.choice import choose
 from engines.interrupt import interruptible
 from engines.options import picture_size
-from runtime import EngineError, Pipeline, Request, Result, images, tasks
+from runtime import Control, EngineError, Pipeline, Request, Result, images, tasks
 from runtime.request import BLENDS, ENCODINGS, PROMPT_STYLES, TASKS
 from runtime.schedulers import names
 
@@ -83,6 +83,8 @@ def _requests(args: argparse.Namespace) -> list[Request]:
         changes["height"], changes["width"] = args.size
     if args.upscale:
         changes |= {"image": args.upscale, "task": "upscale"}
+    if args.control:
+        changes["control"] = tuple(map(_control, args.control))
     if args.source:
         start = Request.from_json(images.metadata(args.source)["request"])
         prompts = args.prompt or [start.prompt]
@@ -159,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--upscale", metavar="FILE", help="enlarge this picture four times, with an upscaling model")
     add("--noise-level", type=int, metavar="N", help="noise in the picture that is enlarged (default 20)")
     add("--task", choices=TASKS, help="refuse to do another (default: what the pictures given say)")
+    add("--control", nargs="+", action="append", metavar=("NAME FILE", "KEY=VALUE"), help="a ControlNet that is "
+        "attached to the bundle, and its hint; scale=1 start=0 end=1 preprocessor=canny; may be given several times")
     xl = parser.add_argument_group("Stable Diffusion XL")
     add = xl.add_argument
     add("--original-size", type=picture_size, metavar="HxW", help="of the picture that this is like (default: its own)")
@@ -187,6 +191,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="no progress bars")
     add("-v", "--verbose", action="store_true", help="log what is loaded and built; tracebacks for errors")
     return parser
+
+
+def _control(words: list[str]) -> Control:
+    """NAME FILE KEY=VALUE … Raises ValueError."""
+    options = [word.partition("=") for word in words[2:]]
+    known = ("scale", "start", "end", "preprocessor")
+    if len(words) < 2 or any(not value or key not in known for key, _, value in options):
+        raise ValueError(f"--control: got {' '.join(words)!r}, expected NAME FILE and any of "
+                         f"{', '.join(f'{key}=…' for key in known)}")
+    given: dict[str, Any] = {key: value if key == "preprocessor" else float(value) for key, _, value in options}
+    return Control(words[0], words[1], **given)
 
 
 def _corner(text: str) -> tuple[int, int]:

@@ -38,6 +38,12 @@ class BoundEngine:
         engine.bind(self.buffers)
         self.key = (engine, signature(self.buffers))  # an engine that is in a graph is not taken for a later one
 
+    def block(self, prefix: str) -> Any:
+        """The memory of all buffers whose names begin with `prefix`, flat: they lie one after another, at ALIGNMENT."""
+        names = [name for name in self.buffers if name.startswith(prefix)]
+        end = self.offsets[names[-1]] + math.prod(self.buffers[names[-1]].shape)
+        return self.arena[self.offsets[names[0]]:end]
+
     def enqueue(self, stream: Any) -> None:
         self.engine.enqueue(stream)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.buffers import BoundEngine
+from runtime.control import Conditions
 from runtime.noise import Generator
 from runtime.request import Request
 from runtime.schedulers import Table
@@ -22,8 +23,8 @@ class Job:
     fixed: what the UNet reads besides that stays, by input name, [2, …], negative prompt first. time: what it reads of
     the timestep, float32 [rows of `table`, …]. state: float32 [1 + memory, C, h, w], the sample first. known: what is
     blended in after every step, float32 [3, C, h, w]: clean latents, their noise, and the share that is kept. renewed:
-    its noise is drawn anew for every step, and it is left out after the last. row: next row of `table`. cancelled: set
-    when the user's callback asked for it.
+    its noise is drawn anew for every step, and it is left out after the last. control: by name, what its ControlNets
+    read. row: next row of `table`. cancelled: set when the user's callback asked for it.
     """
 
     request: Request
@@ -36,6 +37,7 @@ class Job:
     state: np.ndarray
     known: np.ndarray | None = None
     renewed: bool = False
+    control: Mapping[str, Conditions] = field(default_factory=dict)
     row: int = 0
     cancelled: bool = field(default=False)
 
@@ -44,16 +46,23 @@ class Job:
         return self.state[0]
 
     @property
+    def nets(self) -> set[str]:
+        """The ControlNets that are used in the next evaluation."""
+        return {name for name, given in self.control.items() if given.time["scale"][self.row]}
+
+    @property
     def done(self) -> bool:
         return self.cancelled or self.row == self.table.rows
 
 
-def denoise(unet: Callable[[int], BoundEngine], slots: Slots, jobs: Iterable[Job],
-            after_step: Callable[[Job], None]) -> None:
+def denoise(unet: Callable[[int], BoundEngine], slots: Slots, jobs: Iterable[Job], after_step: Callable[[Job], None],
+            controlled: Callable[[int], BoundEngine] | None = None,
+            net: Callable[[str, int], BoundEngine] | None = None) -> None:
     """Run every job to its end; `after_step(job)` follows every evaluation and may cancel jobs.
 
     `unet(rows)` gives the bound UNet of that many rows: twice the slots while a guided job is running, with the
-    negative prompts in the first half, or as many as the slots otherwise.
+    negative prompts in the first half, or as many as the slots otherwise. Where a ControlNet is used,
+    `controlled(rows)` takes its place, and `net(name, rows)` is the net.
     """
     waiting = deque(jobs)
     running: list[Job | None] = [None] * slots.count
@@ -70,7 +79,12 @@ def denoise(unet: Callable[[int], BoundEngine], slots: Slots, jobs: Iterable[Job
         if not active:
             break
         guided = any(job.request.guided for _, job in active)
-        slots.step(unet(slots.count * (2 if guided else 1)), active)
+        rows = slots.count * (2 if guided else 1)
+        names = sorted(set[str]().union(*(job.nets for _, job in active)))
+        if names and controlled and net:
+            slots.step(controlled(rows), active, {name: net(name, rows) for name in names})
+        else:
+            slots.step(unet(rows), active)
         for _, job in active:
             after_step(job)
     slots.collect()

@@ -1,4 +1,4 @@
-"""This computer as the place where engines run: numpy arrays, and the loop's three ops in numpy."""
+"""This computer as the place where engines run: numpy arrays, and the loop's ops in numpy."""
 
 from __future__ import annotations
 
@@ -64,6 +64,14 @@ def step_input(state: np.ndarray, table: np.ndarray, progress: np.ndarray, times
                 arena[offset + row * width:][:width] = times[b, i, start:start + width]
 
 
+def accumulate(x: np.ndarray, keep: np.ndarray, out: np.ndarray) -> None:
+    """`kernels.accumulate` in numpy."""
+    if keep[0]:
+        out += x
+    else:
+        out[...] = x
+
+
 def guidance_step(noise_pred: np.ndarray, noise: np.ndarray, table: np.ndarray, controls: np.ndarray,
                   known: np.ndarray, state: np.ndarray, sample: np.ndarray, timestep: np.ndarray,
                   progress: np.ndarray) -> None:
@@ -95,4 +103,5 @@ def to_image(x: np.ndarray, out: np.ndarray) -> None:
     out[...] = to_uint8(unit.transpose(0, 2, 3, 1))
 
 
-OPS: dict[str, Callable[..., None]] = {"step_input": step_input, "guidance_step": guidance_step, "to_image": to_image}
+OPS: dict[str, Callable[..., None]] = {
+    "step_input": step_input, "accumulate": accumulate, "guidance_step": guidance_step, "to_image": to_image}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """float32 [3, height, width] in [-1, 1], resized to `size`, (height, width), with Lanczos' filter."""
     sized = _resized(image.convert("RGB"), size, Image.Resampling.LANCZOS)
     return np.asarray(sized, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
+
+
+def hint(image: Image.Image, size: tuple[int, int], preprocess: Callable[[Image.Image], Image.Image] | None = None,
+         ) -> np.ndarray:
+    """float32 [3, height, width] in [0, 1], as ControlNets take it, resized to `size` with Lanczos' filter.
+
+    preprocess: makes the hint of the picture of that size.
+    """
+    sized = _resized(image.convert("RGB"), size, Image.Resampling.LANCZOS)
+    sized = preprocess(sized) if preprocess else sized
+    return np.asarray(sized, np.float32).transpose(2, 0, 1) / np.float32(255)
 
 
 def soft_mask(image: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import engines
 from engines import Bundle, Engine, EngineError
+from engines.bundle import CONTROL
 from engines.choice import choose
 from engines.gpu import gpus
 from engines.runtime_kernels import runtime_kernels
@@ -90,7 +91,8 @@ class Pipeline:
         self._slots: dict[tuple[Any, ...], Slots] = {}
         self._unet = UNet(bundle, self._engine, engines.in_parts(bundle, backend))
         self._texts = TextEncoders(bundle, self._engine)
-        self._model = Model(bundle.manifest, self._unet, self._encode_picture)
+        self._nets: dict[str, UNet] = {}
+        self._model = Model(bundle.manifest, self._unet, self._encode_picture, self._net)
 
     @classmethod
     def load(cls, path: str | Path, backend: str = "auto", *, dtype: str = "auto", device: str = "auto",
@@ -192,8 +194,20 @@ class Pipeline:
                 group = [j for shape, images in zip(shapes, drawn, strict=True) if shape == (size, tokens)
                          for j in images]
                 denoise(partial(self._unet.step, size, tokens=tokens), self._slots_for(size, tokens, group), group,
-                        self._after_step(drawn, bar))
+                        self._after_step(drawn, bar), partial(self._unet.controlled, size, tokens=tokens),
+                        partial(self._net_of, size, tokens))
         return drawn
+
+    def _net_of(self, size: tuple[int, int], tokens: int, name: str, rows: int) -> BoundEngine:
+        return self._net(name).step(size, rows, tokens)
+
+    def _net(self, name: str) -> UNet:
+        """An attached ControlNet."""
+        if name not in self._nets:
+            component = CONTROL + name
+            parts = engines.in_parts(self.bundle, self.backend, component)
+            self._nets[name] = UNet(self.bundle, self._engine, parts, component)
+        return self._nets[name]
 
     def _after_step(self, drawn: list[list[Job]], bar: tqdm) -> Callable[[Job], None]:
         def after_step(job: Job) -> None:
@@ -243,7 +257,7 @@ class Pipeline:
     def _slots_for(self, size: tuple[int, int], tokens: int, jobs: list[Job]) -> Slots:
         """Slots of this size that hold the jobs; kept, so that their addresses, and graphs with them, stay."""
         needed = Capacity.of(jobs)
-        key = (*size, needed.memory, needed.times)
+        key = (*size, needed.memory, needed.times, needed.nets)
         if key not in self._slots or self._slots[key].capacity.rows < needed.rows:
             rows = self.batch * (2 if any(job.request.guided for job in jobs) else 1)
             self._slots[key] = Slots(self._unet.step(size, rows, tokens).device, self.batch, needed)
@@ -298,6 +312,12 @@ class Pipeline:
         if self._depth_estimator and "depth" in manifest.meanings and request.depth is None:
             depth = self._depth_estimator(pictures.read(request.image, "image"))
             request = dataclasses.replace(request, depth=np.asarray(depth, np.float32))
+        for control in request.control:
+            if control.name not in (attached := self.bundle.controls):
+                raise ValueError(f"control: got {control.name!r}, expected one that is attached "
+                                 f"({', '.join(attached) or 'none is'}); attach it with: python -m export CONTROLNET "
+                                 f"--into {self.bundle.path} --as {control.name}")
+            pictures.read(control.image, "control")
         request = resolve(request, manifest, self.size)
         height, width = _size(request)
         self.bundle.check_size(height, width)

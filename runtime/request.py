@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from runtime import checks
+from runtime.control import Control, read_controls
 from runtime.prompt import parse
 
 TASKS = ("text-to-image", "image-to-image", "inpaint", "depth-to-image", "upscale", "invert")
@@ -80,6 +81,8 @@ class Request:
     the refiner. denoising_start, denoising_end: run only that part of the schedule, as a share of it; the base model
     ends where the refiner starts, and hands it its latents.
 
+    control: a `Control`, or several, of ControlNets that were attached to the bundle; their residuals add up.
+
     Raises ValueError for a value that cannot be.
     """
 
@@ -116,6 +119,7 @@ class Request:
     negative_aesthetic_score: float = 2.5
     denoising_start: float | None = None
     denoising_end: float | None = None
+    control: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
         checks.text("prompt", self.prompt)
@@ -153,6 +157,7 @@ class Request:
                 object.__setattr__(self, name, checks.pair(name, getattr(self, name), low))
         for name in PICTURES:
             checks.picture(name, getattr(self, name))
+        object.__setattr__(self, "control", read_controls(self.control))
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", checks.timesteps(self.timesteps))
         if self.latents is not None:
@@ -173,6 +178,9 @@ class Request:
             if f.name in NOT_STORED:
                 if value is not None:
                     out[f.name] = str(value) if isinstance(value, (str, Path)) else True
+            elif f.name == "control":
+                if value:
+                    out[f.name] = [control.to_json() for control in value]
             elif f.name != "on_step" and (f.default is dataclasses.MISSING or value != f.default):
                 out[f.name] = list(value) if isinstance(value, tuple) else value
         return out
@@ -183,7 +191,8 @@ class Request:
         known = {f.name for f in dataclasses.fields(cls)} - {"on_step"}
         if unknown := set(data) - known:
             raise ValueError(f"request: got unknown options {sorted(unknown)}, expected some of {sorted(known)}")
-        if given := [name for name in NOT_STORED if data.get(name) is True]:
+        given = [name for name in NOT_STORED if data.get(name) is True]
+        if given := given + [f"control {one['name']}" for one in data.get("control", ()) if one.get("image") is True]:
             raise ValueError(f"request: its {' and '.join(given)} were given by hand, which are not stored; "
                              "pass the same ones through the Python interface to repeat it")
         return cls(**data)

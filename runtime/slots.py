@@ -2,7 +2,9 @@
 
 A step is three things enqueued one after another: `step_input` writes what the UNet reads, the UNet runs, and
 `guidance_step` takes every image through the next row of its table and counts it on. The host only enqueues; it looks
-at nothing that a step computes unless a request has a callback.
+at nothing that a step computes unless a request has a callback. Each ControlNet that an image uses comes before the
+UNet: `step_input` for it, the net, and `accumulate`, which sums what the nets give in the UNet's inputs. An image that
+does not use it has a scale of 0 there.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engines import EngineError
 from kernels.step_table import fitting_memory, pack, pack_times, time_columns, width
 from runtime.buffers import BoundEngine
 from runtime.device import Device, signature
@@ -28,35 +31,44 @@ AHEAD = 4
 ROWS = 32
 """Tables are kept for a multiple of this many rows, so that another number of steps seldom needs other buffers."""
 
+UNET = ""
+"""The UNet's name where ControlNets have theirs."""
+
+RESIDUAL = "residual_"
+
 
 @dataclass(frozen=True)
 class Capacity:
     """What a batch of jobs needs of its slots. memory: arrays of solver memory. rows: of the longest table, rounded up.
 
-    latent: (C, h, w). times: inputs that depend on the timestep → numbers in one row.
+    latent: (C, h, w). times: inputs that depend on the timestep → numbers in one row. nets: the same of ControlNets.
     """
 
     memory: int
     rows: int
     latent: tuple[int, ...]
     times: tuple[tuple[str, int], ...]
+    nets: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> Capacity:
         """The least that holds `jobs`, all of one size."""
         rows = max(job.table.rows for job in jobs)
-        times = tuple((name, math.prod(values.shape[1:])) for name, values in jobs[0].time.items())
+        nets = {name: _numbers(given.time) for job in jobs for name, given in job.control.items()}
         return cls(fitting_memory(max(job.table.slots for job in jobs)), -(-rows // ROWS) * ROWS,
-                   jobs[0].latents.shape, times)
+                   jobs[0].latents.shape, _numbers(jobs[0].time), tuple(sorted(nets.items())))
+
+
+def _numbers(times: Mapping[str, np.ndarray]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, math.prod(values.shape[1:])) for name, values in times.items())
 
 
 @dataclass
 class _Step:
-    """A step with the UNet of one batch size. held: whose fixed inputs that UNet has, by slot."""
+    """A step with the UNet, and ControlNets, of one batch size."""
 
     key: Hashable
     enqueue: Callable[[Any], None]
-    held: list[Job | None]
 
 
 class Slots:
@@ -73,10 +85,14 @@ class Slots:
         self._arrays = {
             "state": zeros(1 + memory, *latent), "table": zeros(rows, width(memory)), "controls": zeros(3),
             "known": zeros(3, *latent), "noise": zeros(1, *latent), "progress": zeros(3, dtype=np.int32)}
-        self._times = zeros(rows, sum(numbers for _, numbers in capacity.times))
+        self._times = {name: zeros(rows, sum(numbers for _, numbers in times))
+                       for name, times in ((UNET, capacity.times), *capacity.nets)}
+        self._keep = device.zeros((1,), np.int32), device.zeros((1,), np.int32)
+        device.upload(self._keep[1], np.ones(1, np.int32))
         self._timestep = device.zeros((2 * count,), np.float32)  # guidance_step writes it; step_input has its own
-        self._key = signature({**self._arrays, "times": self._times, "timestep": self._timestep})
-        self._steps: dict[BoundEngine, _Step] = {}
+        self._key = signature({**self._arrays, "timestep": self._timestep})
+        self._steps: dict[tuple[BoundEngine, ...], _Step] = {}
+        self._held: dict[BoundEngine, list[Job | None]] = {}  # whose fixed inputs an engine has, by slot
         self._marks: deque[Callable[[], None]] = deque()
         self._leaving: list[tuple[Job, Callable[[], np.ndarray]]] = []
 
@@ -86,8 +102,7 @@ class Slots:
         self.collect()
         self._marks.clear()
         self.device.upload(self._arrays["progress"], np.zeros((self.count, 3), np.int32))
-        for step in self._steps.values():
-            step.held = [None] * self.count
+        self._held.clear()
 
     def enter(self, i: int, job: Job) -> None:
         """Put a job into slot `i`."""
@@ -102,7 +117,11 @@ class Slots:
             self._put("known", i, job.known)
         self._put("progress", i, np.array([job.row, job.table.rows, 0], np.int32))
         self.device.upload(self._arrays["table"][i][:job.table.rows], pack(job.table, memory))
-        self.device.upload(self._times[i][:job.table.rows], pack_times(job.time))
+        self.device.upload(self._times[UNET][i][:job.table.rows], pack_times(job.time))
+        for name, times in self.capacity.nets:
+            unused = np.zeros((job.table.rows, sum(numbers for _, numbers in times)), np.float32)
+            packed = pack_times(job.control[name].time) if name in job.control else unused
+            self.device.upload(self._times[name][i][:job.table.rows], packed)
 
     def leave(self, i: int, job: Job) -> None:
         """Empty slot `i`; `collect` gives the job its latents."""
@@ -115,17 +134,22 @@ class Slots:
             job.latents[...] = wait()
         self._leaving.clear()
 
-    def step(self, unet: BoundEngine, active: Sequence[tuple[int, Job]]) -> None:
+    def step(self, unet: BoundEngine, active: Sequence[tuple[int, Job]],
+             nets: Mapping[str, BoundEngine] | None = None) -> None:
         """Enqueue one evaluation of every active job, whose `row` is then the next; those with a callback are waited
         for and have their latents.
 
-        unet: of `count` rows, or of twice as many with the negative prompts first.
+        unet: of `count` rows, or of twice as many with the negative prompts first. nets: ControlNets of as many rows,
+        by name; the UNet is then one that takes residuals.
         """
-        step = self._steps[unet] = self._steps.get(unet) or self._bind(unet)
+        nets = nets or {}
+        engines = (unet, *nets.values())
+        step = self._steps[engines] = self._steps.get(engines) or self._bind(unet, nets)
         for i, job in active:
-            if step.held[i] is not job:
-                self._put_fixed(unet, i, job.fixed)
-                step.held[i] = job
+            self._hold(unet, i, job, job.fixed)
+            for name, given in job.control.items():
+                if name in nets:
+                    self._hold(nets[name], i, job, given.fixed)
             if job.table.draws[job.row]:
                 self._put("noise", i, job.noise.randn(self.capacity.latent)[None])
             if job.renewed:
@@ -141,24 +165,38 @@ class Slots:
         for job, wait in watched:
             job.latents[...] = wait()
 
-    def _bind(self, unet: BoundEngine) -> _Step:
-        rows = unet.buffers["sample"].shape[0]
-        widths = dict(self.capacity.times)
-        columns = self.device.zeros((len(widths), 3), np.int32)
-        self.device.upload(columns, time_columns(widths, unet.offsets))
-        read = {name: self._arrays[name] for name in ("state", "table", "progress")}
+    def _bind(self, unet: BoundEngine, nets: Mapping[str, BoundEngine]) -> _Step:
         sample = unet.buffers["sample"]
-        assemble = self.device.kernel("step_input", **read, times=self._times, columns=columns, sample=sample,
-                                      arena=unet.arena)
-        update = self.device.kernel("guidance_step", **self._arrays, noise_pred=unet.buffers["noise_pred"],
-                                    sample=sample, timestep=self._timestep[:rows])
+        work, key = [], [self._key]
+        for name, engine in (*nets.items(), (UNET, unet)):
+            widths = dict((*self.capacity.nets, (UNET, self.capacity.times)))[name]
+            columns = self.device.zeros((len(widths), 3), np.int32)
+            self.device.upload(columns, time_columns(dict(widths), engine.offsets))
+            read = {array: self._arrays[array] for array in ("state", "table", "progress")}
+            work += [self.device.kernel("step_input", **read, times=self._times[name], columns=columns,
+                                        sample=engine.buffers["sample"], arena=engine.arena), engine.enqueue]
+            if engine is not unet:
+                x, out = engine.block(RESIDUAL), unet.block(RESIDUAL)
+                if x.shape != out.shape:
+                    raise EngineError(f"{name}: got {x.shape} numbers of residuals, expected {out.shape} as the UNet "
+                                      "takes; attach the ControlNet again")
+                work.append(self.device.kernel("accumulate", x=x, keep=self._keep[len(key) > 1], out=out))
+            key += [engine.key, signature({"columns": columns, "times": self._times[name]})]
+        work.append(self.device.kernel("guidance_step", **self._arrays, noise_pred=unet.buffers["noise_pred"],
+                                       sample=sample, timestep=self._timestep[:sample.shape[0]]))
 
         def enqueue(stream: Any) -> None:
-            assemble(stream)
-            unet.enqueue(stream)
-            update(stream)
+            for launch in work:
+                launch(stream)
 
-        return _Step((self._key, unet.key, signature({"columns": columns})), enqueue, [None] * self.count)
+        return _Step(tuple(key), enqueue)
+
+    def _hold(self, engine: BoundEngine, i: int, job: Job, fixed: Mapping[str, np.ndarray]) -> None:
+        """Give slot `i` of an engine what stays for a job, unless it has it."""
+        held = self._held.setdefault(engine, [None] * self.count)
+        if held[i] is not job:
+            self._put_fixed(engine, i, fixed)
+            held[i] = job
 
     def _put(self, name: str, i: int, values: np.ndarray) -> None:
         self.device.upload(self._arrays[name][i], values)

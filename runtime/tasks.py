@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,9 @@ from PIL import Image
 
 from engines.bundle import Manifest
 from runtime import checks, pictures
+from runtime.control import Conditions, Control
 from runtime.denoise import Job
+from runtime.hints import PREPROCESSORS
 from runtime.noise import Generator
 from runtime.request import PICTURES, Request
 from runtime.schedulers import Table, inversion_table, make_table, signal_and_sigma
@@ -58,11 +60,14 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """What tasks ask of a model. encode: a picture, float32 [3, height, width] in [-1, 1], to its latents."""
+    """What tasks ask of a model. encode: a picture, float32 [3, height, width] in [-1, 1], to its latents. net: an
+    attached ControlNet by its name.
+    """
 
     manifest: Manifest
     unet: UNet
     encode: Callable[[np.ndarray], Encoded]
+    net: Callable[[str], UNet]
 
 
 def task_of(request: Request, manifest: Manifest) -> str:
@@ -163,9 +168,11 @@ def jobs(requests: Sequence[Request], texts: Sequence[Inputs], model: Model) -> 
     """The jobs of resolved requests; texts[i]: what the UNet takes of the text, by input name, [2, …] each."""
     for index, (request, text) in enumerate(zip(requests, texts, strict=True)):
         begin = _Begin(request, model)
-        given = model.unet.fixed({**text, **_numbers(request, model)}), model.unet.time(begin.table.timesteps)
+        told = {**text, **_numbers(request, model)}
+        given = model.unet.fixed(told), model.unet.time(begin.table.timesteps)
+        control = {one.name: _conditions(one, model.net(one.name), told, begin) for one in request.control}
         for image in range(request.count):
-            yield begin.job(index, image, *given)
+            yield begin.job(index, image, *given, control)
 
 
 def blank(manifest: Manifest, size: tuple[int, int]) -> Request:
@@ -213,7 +220,7 @@ class _Begin:
             self.mask = pictures.hard_mask(pictures.read(request.mask, "mask"), self.pixels)
             self.masked = model.encode(self._picture() * (1 - self.mask))
 
-    def job(self, index: int, image: int, fixed: Inputs, time: Inputs) -> Job:
+    def job(self, index: int, image: int, fixed: Inputs, time: Inputs, control: Mapping[str, Conditions]) -> Job:
         """Image number `image` of the request."""
         request, table = self.request, self.table
         assert request.seed is not None
@@ -241,7 +248,7 @@ class _Begin:
             state[0] = known[2] * (signal * known[0] + sigma * known[1]) + (1 - known[2]) * state[0]
         rows = {name: np.broadcast_to(value, (2, *value.shape)) for name, value in channels.items()}
         return Job(request, index, image, {**fixed, **rows}, time, table, noise, state, known,
-                   renewed=request.blend == "before")
+                   renewed=request.blend == "before", control=control)
 
     def _picture(self) -> np.ndarray:
         return pictures.pixels(pictures.read(self.request.image, "image"), self.pixels)
@@ -269,6 +276,15 @@ class _Begin:
         else:
             mask = pictures.soft_mask(image, self.size)
         return np.broadcast_to(1 - mask, self.shape)
+
+
+def _conditions(control: Control, net: UNet, told: Inputs, begin: _Begin) -> Conditions:
+    """What a ControlNet is given; told: what the UNet is, of the text and of numbers."""
+    preprocess = PREPROCESSORS[control.preprocessor] if control.preprocessor else None
+    hint = net.hint(pictures.hint(pictures.read(control.image, "control"), begin.pixels, preprocess))
+    rows = {name: np.broadcast_to(value, (2, *value.shape[1:])) for name, value in hint.items()}
+    times = net.time(begin.table.timesteps)
+    return Conditions({**net.fixed(told), **rows}, {**times, "scale": control.scales(begin.table.rows)})
 
 
 def _latents(request: Request, manifest: Manifest) -> np.ndarray | None:

@@ -31,6 +31,18 @@ def from_folder(folder: Path) -> dict[str, torch.Tensor]:
     return state_dict(unet, vae, text, layers_per_block=1, open_clip=bool(linear))
 
 
+def of_control(folder: Path) -> dict[str, torch.Tensor]:
+    """The original names of a ControlNet's folder that `tests.tiny` wrote."""
+    weights = load_file(next(folder.glob("*.safetensors")))
+    return {f"control_model.{_control_name(name)}": value for name, value in weights.items()}
+
+
+def of_vae(folder: Path) -> dict[str, torch.Tensor]:
+    """The original names of a VAE's folder, without a prefix, as files of a VAE alone have them."""
+    weights = load_file(next(folder.glob("*.safetensors")))
+    return {(name := _vae_name(k)): v[:, :, None, None] if _is_conv(name, v) else v for k, v in weights.items()}
+
+
 def save(state: Weights, path: Path, nested: bool = True) -> Path:
     """Write a .safetensors or a pickle, in which the weights are under "state_dict" if nested; returns `path`."""
     if path.suffix == ".safetensors":
@@ -59,6 +71,17 @@ def with_ema(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 for k, v in state.items() if k.startswith(prefix)}
     trained = {k: v + 1 if k.startswith(prefix) else v for k, v in state.items()}
     return {**trained, **averages, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+
+
+def _control_name(name: str) -> str:
+    module, _, parameter = name.rpartition(".")
+    kind, _, rest = module.partition(".")
+    if kind == "controlnet_cond_embedding":  # every other layer of the sequence is a SiLU
+        at = {"conv_in": 0, "conv_out": 14}.get(rest)
+        return f"input_hint_block.{2 * (int(rest.split('.')[1]) + 1) if at is None else at}.{parameter}"
+    if kind == "controlnet_down_blocks":
+        return f"zero_convs.{rest}.0.{parameter}"
+    return f"middle_block_out.0.{parameter}" if kind == "controlnet_mid_block" else _unet_name(name, layers=1)
 
 
 def _unet_name(name: str, layers: int) -> str:

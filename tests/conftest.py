@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,24 @@ def bundles(checkpoints: Lazy, tmp_path_factory: pytest.TempPathFactory) -> Lazy
         return export(checkpoints[name], tmp_path_factory.mktemp("bundles") / name, progress=False).path
 
     return Lazy(make)
+
+
+@pytest.fixture(scope="session")
+def edge_net(checkpoints: Lazy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ControlNet for the checkpoint "sd1"."""
+    from tests import tiny
+
+    return tiny.control(tmp_path_factory.mktemp("control") / "edge net", checkpoints["sd1"])
+
+
+@pytest.fixture(scope="session")
+def controlled(bundles: Lazy, edge_net: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle "sd1" with `edge_net`, and no engines."""
+    from export.attach import attach
+
+    path = tmp_path_factory.mktemp("controlled") / "bundle"
+    shutil.copytree(bundles["sd1"], path, ignore=shutil.ignore_patterns("engines"))
+    return attach(edge_net, path, progress=False).path
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+import kernels.accumulate
 import kernels.guidance_step
 import kernels.step_input
-import kernels.to_image  # noqa: F401 - registers torch.ops.latentrt, as the two above do
+import kernels.to_image  # noqa: F401 - registers torch.ops.latentrt, as the three above do
 from engines import TensorSpec
 from runtime import Request
 from runtime.buffers import BoundEngine
@@ -111,6 +112,41 @@ class Wave:
         self.gain = float(weights["gain"])
 
 
+class ControlledWave(Wave):
+    """`Wave` + residual_0 + the third number of residual_1."""
+
+    def __init__(self, rows: int, number: int | None = None) -> None:
+        super().__init__(rows, number)
+        self.inputs = {**self.inputs, **residuals(rows)}
+
+    def enqueue(self, stream: Any = None) -> None:
+        super().enqueue(stream)
+        self._tensors["noise_pred"].add_(self._tensors["residual_0"]).add_(
+            self._tensors["residual_1"][:, 2][:, None, None, None])
+
+
+class Ripple(Wave):
+    """A ControlNet: residual_0 = scale / 10 · sin(sample + timestep / 300 + hint[1]), residual_1 = scale · hint."""
+
+    def __init__(self, rows: int, number: int | None = None) -> None:
+        super().__init__(rows, number)
+        self.inputs = {"sample": self.inputs["sample"], "timestep": self.inputs["timestep"],
+                       "scale": TensorSpec("scale", "float32", (rows,)),
+                       "hint": TensorSpec("hint", "float32", (rows, 5))}
+        self.outputs = residuals(rows)
+
+    def enqueue(self, stream: Any = None) -> None:
+        t, down = self._tensors, (slice(None), None, None, None)
+        torch.add(t["sample"], (t["timestep"] / 300 + t["hint"][:, 1])[down], out=t["residual_0"])
+        t["residual_0"].sin_().mul_(t["scale"][down] / 10)
+        torch.mul(t["scale"][:, None], t["hint"], out=t["residual_1"])
+
+
+def residuals(rows: int) -> dict[str, TensorSpec]:
+    return {"residual_0": TensorSpec("residual_0", "float32", (rows, *LATENT)),
+            "residual_1": TensorSpec("residual_1", "float32", (rows, 5))}
+
+
 def job(index: int, seed: int = 0, steps: int = 5, **options: Any) -> Job:
     """A job of the UNet `Wave`; options: of a Request, `config` of the checkpoint's scheduler."""
     config = STABLE | options.pop("config", {})
@@ -138,23 +174,26 @@ def expected(job: Job, steps: int | None = None) -> np.ndarray:
     state = job.state.copy()
     text = job.fixed["text"][:, 1, 2]
     for i in range(job.table.rows if steps is None else steps):
-        shift = job.time["timestep"][i] / 300 + job.time["features"][i, 3]
-        wave = np.sin(state[0] * np.float32(job.table.input_scale[i]) + shift)
-        m = text[1] * wave
+        time, sample = job.time["timestep"][i] / 300, state[0] * np.float32(job.table.input_scale[i])
+        rows = [value * np.sin(sample + time + job.time["features"][i, 3]) for value in text]
+        for net in job.control.values():
+            for row, hint in enumerate(net.fixed["hint"]):
+                rows[row] = rows[row] + net.time["scale"][i] * (np.sin(sample + time + hint[1]) / 10 + hint[2])
+        m = rows[1]
         if job.request.guided:
-            m = guide(text[0] * wave, m, job.request.guidance, job.request.guidance_rescale)
+            m = guide(rows[0], m, job.request.guidance, job.request.guidance_rescale)
         draw = job.noise.randn(LATENT) if job.table.draws[i] else None
         advance(state, m, draw, job.table, i)
     return state[0]
 
 
-def waves(device: Device, number: int | None = None) -> Callable[[int], BoundEngine]:
+def waves(device: Device, number: int | None = None, kind: type[Wave] = Wave) -> Callable[[int], BoundEngine]:
     """The bound UNet of so many rows, made at its first use."""
     bound: dict[int, BoundEngine] = {}
 
     def unet(rows: int) -> BoundEngine:
         if rows not in bound:
-            bound[rows] = BoundEngine(Wave(rows, number), device)
+            bound[rows] = BoundEngine(kind(rows, number), device)
         return bound[rows]
 
     return unet

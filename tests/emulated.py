@@ -73,6 +73,10 @@ class Gpu:
             array(a["progress_ptr"], (images, 3), np.int32), array(a["times_ptr"], (images, a["rows"], a["total"])),
             columns, array(a["sample_ptr"], (batch, n)), array(a["arena_ptr"], (numbers,)))
 
+    def _accumulate(self, a: Mapping[str, int], grid: tuple[int, int, int]) -> None:
+        host.accumulate(array(a["x_ptr"], (a["n"],)), array(a["keep_ptr"], (1,), np.int32),
+                        array(a["out_ptr"], (a["n"],)))
+
     def _guidance_step(self, a: Mapping[str, int], grid: tuple[int, int, int]) -> None:
         images, n, batch, states = grid[1], a["n"], a["first"] + grid[1], 1 + self.memory
         sample, timestep = array(a["sample_ptr"], (batch, n)), array(a["timestep_ptr"], (batch,))

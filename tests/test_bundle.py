@@ -86,7 +86,9 @@ def test_config_sets_only_the_dimensions_a_component_has(path):
     assert bundle.config("unet", **shape) == EngineConfig(
         "openvino", batch=3, latent_height=8, latent_width=12, sequence=77)
     assert bundle.config("vae_decoder", **shape).dims == {
-        "batch": 3, "height": 64, "width": 96, "latent_height": 8, "latent_width": 12, "sequence": 0}
+        "batch": 3, "height": 64, "width": 96, "latent_height": 8, "latent_width": 12, "sequence": 0,
+        "latent_height_2": 4, "latent_width_2": 6, "latent_height_4": 2, "latent_width_4": 3,
+        "latent_height_8": 1, "latent_width_8": 1, "latent_height_16": 0, "latent_width_16": 0}
     assert bundle.config("text_encoder", **shape) == bundle.config("text_encoder", **{**shape, "height": 128})
 
 

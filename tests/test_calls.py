@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import guidance_step, step_input, to_image
+from kernels import accumulate, guidance_step, step_input, to_image
 from kernels.artefact import KernelError
 from kernels.calls import call
 from tests import test_guidance_step as stepping
@@ -49,6 +49,15 @@ def test_step_input(widths: tuple[int, ...]) -> None:
     step_input.reference(**truth)
     for name in ("sample", "arena"):
         torch.testing.assert_close(got[name], truth[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_accumulate(keep: int) -> None:
+    got = {"x": random(2100), "keep": torch.tensor([keep], dtype=torch.int32, device=DEVICE), "out": random(2100)}
+    truth = {name: tensor.clone() for name, tensor in got.items()}
+    run("accumulate", accumulate._accumulate, {"BLOCK": accumulate.BLOCK}, got)
+    accumulate.reference(**truth)
+    assert torch.equal(got["out"], truth["out"])
 
 
 def test_to_image() -> None:

@@ -116,7 +116,8 @@ def test_16_bit_component(small, tmp_path, name, dtype):
     narrow = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[dtype]
     weights = [value for value in model.graph.initializers.values() if value.name.endswith(".weight")]
     assert weights and {value.dtype for value in weights} == {narrow}
-    parts = [f"unet_{part}.onnx" for part in ("body", "text", "time")] if name == "unet" else []
+    parts = ("body", "control", "control_body", "text", "time") if name == "unet" else ()
+    parts = [f"unet_{part}.onnx" for part in parts]
     assert sorted(os.listdir(tmp_path)) == [f"{name}.onnx", f"{name}.onnx.data", *parts]  # the widened copy is gone
 
 

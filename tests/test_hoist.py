@@ -53,7 +53,7 @@ def test_parts_are_the_whole(bundle, rows, height, width, tokens):
 
 def test_manifest_and_graphs_say_the_same(bundle):
     components = bundle.manifest.components
-    assert [name for name in components if name.startswith("unet_")] == PARTS
+    assert [name for name in components if bundle.part_of(name) == "unet"] == PARTS
     for name in PARTS:
         graph = ir.load(bundle.path / f"{name}.onnx").graph
         for values, specs in ((graph.inputs, components[name].inputs), (graph.outputs, components[name].outputs)):
@@ -87,7 +87,8 @@ def test_parts_share_the_weights_file(bundle):
 def test_16_bit_parts_hand_over_float32(tmp_path):
     checkpoint = open_checkpoint(tiny.sd2(tmp_path / "checkpoint", levels=2))
     got = export_component("unet", checkpoint, "bf16", tmp_path)
-    assert list(got) == ["unet", *PARTS]
+    assert list(got) == ["unet", *PARTS, "unet_control", "unet_control_body"]
+    assert 0 < got["unet_control_body"].check.rel_rms < EXPORT_REL_RMS["bf16"]
     assert 0 < got["unet_body"].check.rel_rms < EXPORT_REL_RMS["bf16"]
     for name in PARTS:
         graph = ir.load(tmp_path / f"{name}.onnx").graph

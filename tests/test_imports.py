@@ -28,7 +28,8 @@ VENDORS = {"onnxruntime": "engines/onnxruntime.py", "openvino": "engines/openvin
            "tensorrt": "engines/tensorrt.py", "tensorrt_rtx_bindings": "engines/tensorrt.py",
            "cuda": "kernels/launch.py"}
 TRITON = {f"kernels/{name}.py" for name in (
-    "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "step_input", "to_image", "traced")}
+    "accumulate", "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "step_input", "to_image",
+    "traced")}
 LAZY = {"engines/onnx_torch.py"}
 """Files that only functions import: of the inductor backend."""
 SECONDS_TO_IMPORT = 1.0

@@ -21,8 +21,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def test_without_a_compiler_the_error_names_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton then compiles nothing
-    with pytest.raises(EngineError, match=r"for sm_86 could not be compiled: .* run: python -m kernels build --op "
-                                          r"step_input,guidance_step,to_image --arch sm_86 -o .*kernels-\w{12}"):
+    with pytest.raises(EngineError, match=r"for sm_86 could not be compiled: .* run: python -m kernels build "
+                                          r"--op step_input,accumulate,guidance_step,to_image --arch sm_86 "
+                                          r"-o .*kernels-\w{12}"):
         runtime_kernels(bundle, "sm_87")
     assert not list(store.engine_directories(bundle))
 

@@ -12,12 +12,24 @@ import pytest
 
 from runtime import Pipeline, Request
 from runtime.buffers import BoundEngine, layout
+from runtime.control import Conditions
 from runtime.denoise import Job, denoise
 from runtime.device import Device
 from runtime.host import Host
 from runtime.slots import AHEAD, Capacity, Slots
 from tests.conftest import Lazy
-from tests.device_cases import LATENT, Deferred, TorchHost, Wave, expected, job, mixed, waves
+from tests.device_cases import (
+    LATENT,
+    ControlledWave,
+    Deferred,
+    Ripple,
+    TorchHost,
+    Wave,
+    expected,
+    job,
+    mixed,
+    waves,
+)
 from tests.tolerances import BATCH_IMAGE_MAX, SCHEDULER_REL
 
 PLACES = {"numpy": Host, "torch": TorchHost, "deferred": Deferred}
@@ -50,6 +62,36 @@ def test_jobs_that_differ_in_everything_end_where_each_ends_alone(device: Device
     if count == 1:
         runs = {rows: len(cast(Wave, unet(rows).engine).rows_run) for rows in (1, 2)}
         assert runs == {rows: sum(j.table.rows for j in alone if j.request.guided == (rows == 2)) for rows in (1, 2)}
+
+
+def controls(index: int, rows: int) -> dict[str, Conditions]:
+    """Of every second image a net that is used in the later half, of every third one that always is."""
+    rng, used = np.random.default_rng(index), {}
+    if index % 2:
+        used["late"] = (np.arange(rows) >= rows // 2) * np.float32(0.7)
+    if index % 3 == 0:
+        used["soft"] = np.full(rows, -0.4, np.float32)
+    return {name: Conditions({"hint": rng.uniform(-0.3, 0.3, (2, 5)).astype(np.float32)},
+                             {"timestep": np.zeros(rows, np.float32), "scale": scale.astype(np.float32)})
+            for name, scale in used.items()}
+
+
+def test_images_with_other_control_nets_end_where_each_ends_alone(device: Device) -> None:
+    """A net runs in the steps that need it, for every slot, and does nothing to the images that do not use it."""
+    jobs, alone = mixed(), mixed()
+    for group in (jobs, alone):
+        for i, one in enumerate(group):
+            one.control = controls(i, one.table.rows)
+            for net in one.control.values():
+                net.time["timestep"][...] = one.time["timestep"]
+    assert {tuple(sorted(j.control)) for j in jobs} == {(), ("late",), ("soft",), ("late", "soft")}
+    nets = {name: waves(device, kind=Ripple) for name in ("late", "soft")}
+    plain, controlled = waves(device), waves(device, kind=ControlledWave)
+    denoise(plain, Slots(device, 2, Capacity.of(jobs)), jobs, nothing, controlled, lambda name, rows: nets[name](rows))
+    for done, single in zip(jobs, alone, strict=True):
+        check(done, expected(single))
+    without = mixed()
+    assert max(np.abs(done.latents - expected(one)).max() for done, one in zip(jobs, without, strict=True)) > 0.1
 
 
 def test_a_wrong_number_is_noticed(device: Device) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -157,6 +158,26 @@ def sdxl(path: str | Path, seed: int = 2) -> Path:
     StableDiffusionXLPipeline(
         vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=_tokenizer(pad=EOS),
         tokenizer_2=_tokenizer(pad="!"), unet=unet, scheduler=scheduler).save_pretrained(path)
+    return Path(path)
+
+
+def control(path: str | Path, checkpoint: Path, seed: int = 3, hint: tuple[int, ...] = (8, 8, 16, 16)) -> Path:
+    """A ControlNet for the UNet of `checkpoint`, whose weights it shares; what training starts with as 0 is random."""
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(checkpoint / "unet"),
+                                    conditioning_embedding_out_channels=hint)
+    with torch.no_grad():
+        for value in net.parameters():
+            if not value.any():
+                value.normal_(std=0.1)
+    net.save_pretrained(path)
+    return Path(path)
+
+
+def vae(path: str | Path, seed: int, **options: Any) -> Path:
+    """A VAE in a folder of its own."""
+    torch.manual_seed(seed)
+    _vae(**options).save_pretrained(path)
     return Path(path)
 
 
