@@ -23,6 +23,7 @@ from engines import onnx_nodes, store, verify
 from engines.buffers import resolve
 from engines.bundle import Bundle
 from engines.inductor import CONSTANTS, PACKAGE, RECORD
+from engines.inductor_options import KERNELS
 from engines.spec import EngineConfig, EngineError
 from tests import tiny
 from tests.small import small_bundle
@@ -74,17 +75,22 @@ def torch_module(bundle, component, dtype, kernels=frozenset(), fuse=True, devic
     graph = onnx_torch.rewrite(onnx_nodes.read(bundle.path / spec.file), fuse)
     inputs = resolve(spec.inputs, config(bundle, component))
     shapes = {name: (s.shape, s.dtype) for name, s in inputs.items()}
-    made = onnx_torch.build(graph, shapes, dtype, device, kernels)
+    return filled(onnx_torch.build(onnx_torch.survey(graph, shapes, dtype, kernels), dtype, device))
+
+
+def filled(made):
+    """The module with its weights in it."""
     for name, weight in made.weights.items():
+        scales = getattr(made, onnx_torch.scales_name(name), None)
         for part in weight.names:
-            weight.part(getattr(made, name), part).copy_(torch.from_numpy(graph.numbers(part).copy()))
+            weight.write(getattr(made, name), scales, part, torch.from_numpy(made.graph.numbers(part).copy()))
     return made
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize(("model", "kernels"), [("sd1", frozenset()), ("sd2", frozenset()),
-                                                ("sd2", frozenset(onnx_torch.KERNELS))],
+                                                ("sd2", frozenset(KERNELS))],
                          ids=["sd1-torch", "sd2-torch", "sd2-latentrt"])
 def test_every_graph_in_torch_equals_the_reference(bundles, model, component, dtype, kernels):
     """With our operators too, which on a CPU are their references: they are given what the sites mean."""
@@ -98,7 +104,7 @@ def test_every_graph_in_torch_equals_the_reference(bundles, model, component, dt
     for name, value in zip(made.graph.outputs, got, strict=True):
         assert value.dtype == torch.float32
         assert rel_rms(value.numpy(), expected[name]) < ENGINE_REL_RMS[dtype]
-    counted = {site: sum(n for (op, _), n in made.used.items() if op == site) for site in onnx_torch.KERNELS}
+    counted = {site: sum(n for (op, _), n in made.used.items() if op == site) for site in KERNELS}
     sites = bundle.component(component).sites
     assert counted["attention"] == sites["Attention"]
     assert counted["group_norm"] == sites.get("GroupNormalization", 0)
@@ -253,7 +259,7 @@ def test_a_fresh_process_opens_it_without_a_compiler(small):
     ({"device": "gpu"}, "got device 'gpu', expected cpu or cuda:N"),
     ({"device": "cuda:99"}, "got device cuda:99 on a machine of"),
     ({"options": {"surprise": "1"}}, "got option 'surprise', expected one of attention, group_norm"),
-    ({"options": {"attention": "flash"}}, "option attention: got 'flash', expected latentrt or torch"),
+    ({"options": {"attention": "flash"}}, "option attention: got 'flash', expected latentrt, torch or auto"),
     ({"options": {"geglu": "latentrt"}}, "option geglu: got latentrt on cpu, expected torch"),
     ({"options": {"fuse": "maybe"}}, "option fuse: got 'maybe', expected true or false"),
     ({"dtype": "fp16"}, "got dtype fp16.*computes in.*--dtype fp32"),
@@ -269,7 +275,7 @@ def test_an_unknown_operator_is_named(tmp_path):
     nodes = [h.make_node("Det", ["x"], ["y"])]
     graph = graph_of(tmp_path / "x.onnx", nodes, {}, {"x": (2, 3, 3)})
     with pytest.raises(EngineError, match="got operator Det in the graph, expected one of Add"):
-        onnx_torch.build(graph, {"x": ((2, 3, 3), "float32")}, "fp32", "cpu", frozenset())
+        onnx_torch.survey(graph, {"x": ((2, 3, 3), "float32")}, "fp32", frozenset())
 
 
 def graph_of(path, nodes, initializers, inputs, outputs=("y",)):
@@ -350,10 +356,8 @@ def test_operators_equal_onnxruntime(tmp_path, nodes):
     graph = graph_of(tmp_path / "x.onnx", nodes, initializers, {"x": (2, 4, 6, 6)})
     x = rng.standard_normal((2, 4, 6, 6)).astype(np.float32)
     expected = onnxruntime.InferenceSession(tmp_path / "x.onnx").run(None, {"x": x})[0]
-    made = onnx_torch.build(onnx_torch.rewrite(graph, True), {"x": (x.shape, "float32")}, "fp32", "cpu", frozenset())
-    for name, weight in made.weights.items():
-        for part in weight.names:
-            weight.part(getattr(made, name), part).copy_(torch.from_numpy(initializers[part]))
+    found = onnx_torch.survey(onnx_torch.rewrite(graph, True), {"x": (x.shape, "float32")}, "fp32", frozenset())
+    made = filled(onnx_torch.build(found, "fp32", "cpu"))
     np.testing.assert_allclose(made(torch.from_numpy(x))[0].numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -368,6 +372,7 @@ def test_a_gpu_graph_holds_our_kernels(bundles):
         from torch._subclasses.fake_tensor import FakeTensorMode
         from engines import Bundle, onnx_nodes, onnx_torch
         from engines.buffers import resolve
+        from engines.inductor_options import KERNELS
 
         class Hopper:
             get_current_target = staticmethod(lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32))
@@ -381,8 +386,9 @@ def test_a_gpu_graph_holds_our_kernels(bundles):
         inputs = resolve(spec.inputs, bundle.config("unet", backend="inductor", height=64, width=64, batch=2))
         graph = onnx_torch.rewrite(onnx_nodes.read(bundle.path / spec.file), True)
         with FakeTensorMode(), torch.no_grad():
-            module = onnx_torch.build(graph, {{n: (s.shape, s.dtype) for n, s in inputs.items()}}, "fp16", "cuda:0",
-                                      frozenset(onnx_torch.KERNELS))
+            shapes = {{n: (s.shape, s.dtype) for n, s in inputs.items()}}
+            found = onnx_torch.survey(graph, shapes, "fp16", frozenset(KERNELS))
+            module = onnx_torch.build(found, "fp16", "cuda:0", fp8_least=32)
             x = tuple(torch.zeros(inputs[n].shape, device="cuda:0") for n in graph.inputs)
             program = torch.export.export(module, x, strict=False)
             ops = Counter(str(node.target) for node in program.graph.nodes if "latentrt" in str(node.target))
