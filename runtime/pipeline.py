@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,14 +66,14 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, *, backend: str, dtype: str, device: str, size: tuple[int, int], batch: int,
-                 threads: int, eager: bool, progress: bool) -> None:
+                 threads: int, eager: bool, progress: bool, options: Mapping[str, Any] | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
         self.dtype = dtype
         self.device = device
         self.size = size
         self.batch = batch
-        self._threads = threads
+        self._threads, self._options = threads, dict(options or {})
         self.load_seconds = 0.0
         self._progress = progress
         self._host, self._eager = Host(), eager
@@ -87,13 +87,14 @@ class Pipeline:
     @classmethod
     def load(cls, path: str | Path, backend: str = "auto", *, dtype: str = "auto", device: str = "auto",
              size: tuple[int, int] | None = None, batch: int = 1, threads: int = 0, eager: bool = False,
-             progress: bool = True) -> Pipeline:
+             progress: bool = True, options: Mapping[str, Any] | None = None) -> Pipeline:
         """Open a bundle and load its engines (building those that are not there yet).
 
         path: the bundle. backend: a name of `engines.BACKENDS`, or "auto". dtype: "fp32", "fp16", "bf16", or "auto"
         for the fastest that the backend runs well here; a GPU runs the graph's own. device: "cpu", "cuda:0", or "auto"
         for the one that the backend is for. size: (height, width) pixels; the model's own by default. batch: images
         denoised together. threads: CPU threads, 0 for all cores. eager: no CUDA graphs. progress: bars on a terminal.
+        options: settings of the backend, such as {"fp8": "linear"}, as `python -m engines build --option` takes them.
 
         Raises EngineError for a bundle or engine that cannot be used, ValueError for a size or batch that cannot be.
         """
@@ -112,7 +113,7 @@ class Pipeline:
                               f"export the checkpoint with --dtype {dtype}")
         bundle.verify(bundle.manifest.files)
         pipe = cls(bundle, backend=backend, dtype=dtype, device=device, size=size, batch=batch, threads=threads,
-                   eager=eager, progress=progress)
+                   eager=eager, progress=progress, options=options)
         with pipe._bar(total=3, desc="load", unit="engine") as bar:
             for load in (lambda: pipe._engine("text_encoder", 2), lambda: pipe._unet.load(size, 2 * batch),
                          lambda: pipe._engine("vae_decoder", 1, *size)):
@@ -243,7 +244,8 @@ class Pipeline:
         if key not in self._engines:
             dtype = self.bundle.component(component).dtype if engines.backend(self.backend).ON_GPU else self.dtype
             config = self.bundle.config(component, backend=self.backend, dtype=dtype, batch=batch, height=height,
-                                        width=width, threads=self._threads, device=self.device)
+                                        width=width, threads=self._threads, device=self.device,
+                                        options=self._options)
             start = time.perf_counter()
             engine = engines.load(self.bundle, component, config)
             self._engines[key] = BoundEngine(engine, self._place(engine))
