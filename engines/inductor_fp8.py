@@ -37,9 +37,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch
     """x [..., inputs] times a quantised weight [outputs, inputs] with scales [1, outputs] → bfloat16 [..., outputs].
 
     bfloat16 is the one dtype that every architecture and version of PyTorch gives for scales of rows; its rounding is a
-    sixteenth of that of x. PyTorch widens to float32 on CPUs: the same numbers, for checking, at no gain.
+    sixteenth of that of x. x is copied where its rows are not contiguous, as those of channels-first pictures. PyTorch
+    widens to float32 on CPUs: the same numbers, for checking, at no gain.
     """
     flat, scale = quantise(x.reshape(-1, x.shape[-1]))
-    y = torch._scaled_mm(flat, weight.t(), scale_a=scale, scale_b=scales, out_dtype=torch.bfloat16,
+    y = torch._scaled_mm(flat.contiguous(), weight.t(), scale_a=scale, scale_b=scales, out_dtype=torch.bfloat16,
                          use_fast_accum=False)  # the fast sum keeps fewer bits than float32
     return y.unflatten(0, x.shape[:-1])
