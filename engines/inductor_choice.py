@@ -76,8 +76,7 @@ def measure(site: Site, both: Both, dtype: torch.dtype, device: str, tolerance: 
                for n, (shape, strides) in enumerate(zip(site.shapes, both.strides, strict=True))]
     theirs = both.theirs
     if device != "cpu" and site.kind != "attention":
-        torch.compiler.reset()  # else it counts the shapes before, and gives up after a few
-        theirs = torch.compile(theirs, dynamic=False, fullgraph=True)
+        theirs = compiled(theirs)
     calls = {"latentrt": functools.partial(both.ours, *tensors, **arguments),
              "torch": functools.partial(theirs, *tensors, **arguments)}
     with torch.no_grad():
@@ -93,6 +92,12 @@ def measure(site: Site, both: Both, dtype: torch.dtype, device: str, tolerance: 
             for whose, sample in samplers.items():
                 rounds[whose].append(sample())
     return rounds
+
+
+def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """`function` for the shapes of its first call, whatever it was compiled for before."""
+    torch.compiler.reset()  # else shapes of earlier calls count, and after a few it is not compiled
+    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
 
 def _sampler_on_cpu(call: Callable[[], Any]) -> Callable[[], float]:

@@ -502,6 +502,9 @@ def test_a_captured_run_sees_new_inputs_and_new_weights(tmp_path):
 
 
 def test_versions_name_the_device():
-    own = EngineConfig("inductor")
-    assert set(module.versions(own)) == {"inductor", "cpu", "arch", "isa"}
+    """And the C++ kernels, where an engine may hold calls of them."""
+    named = {"inductor", "cpu", "arch", "isa"}
+    assert set(module.versions(EngineConfig("inductor"))) == named | (set() if native.available() else {"kernels"})
+    own = EngineConfig("inductor", options=dict.fromkeys(NATIVE, "torch"))
+    assert set(module.versions(own)) == named
     assert module.versions()["inductor"].startswith(torch.__version__.partition("+")[0])

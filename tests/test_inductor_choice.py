@@ -77,6 +77,14 @@ def test_tensors_are_timed_in_the_strides_of_the_graph():
     assert set(seen) == {((128, 1, 32, 8), torch.float32, (8,))}
 
 
+def test_every_shape_of_a_kind_of_site_is_compiled():
+    """There are more than torch.compile takes of one function unless it is told to forget."""
+    for n in range(1, torch._dynamo.config.recompile_limit + 3):
+        x = torch.ones(2, n, 4, 4)
+        got = inductor_choice.compiled(theirs, backend="aot_eager")(x, torch.full((n,), 2.0), silu=True)
+        assert torch.equal(got, x * 3)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("causal", [False, True], ids=["whole", "causal"])
