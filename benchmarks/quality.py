@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks import measure
 from benchmarks.adherence import Verdict, check
-from engines.options import positive
+from engines.options import positive, setting
 from engines.verify import difference
 from models.scenes import Scene, held_out
 from runtime import Pipeline, Request
@@ -32,22 +32,28 @@ MAY_LOSE = 1.0
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one engine drew: a picture and its verdict for every scene, and milliseconds a picture."""
+    """What one engine drew: a picture and its verdict for every scene, and milliseconds a picture.
+
+    options: of the engine's config.
+    """
 
     backend: str
     dtype: str
     pictures: list[Image.Image]
     verdicts: list[Verdict]
     milliseconds: float
+    options: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.backend} {self.dtype}"
+        return " ".join([self.backend, self.dtype, *(f"{name}={value}" for name, value in self.options)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="bundle of models/shapes")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--option", type=setting, action="append", default=[], metavar="NAME=VALUE",
+                        help="a setting of the backend, such as fp8=linear; not of the engine of --against")
     parser.add_argument("--against", metavar="[BACKEND:]DTYPE",
                         help="draw with this engine too, such as fp32 or onnxruntime:fp32, and compare caption by "
                              f"caption; exit status 1 where it is more than {MAY_LOSE:g} point better")
@@ -62,12 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     scenes = held_out(args.captions)
-    drawn = _draw(args, scenes, args.backend, args.dtype)
+    drawn = _draw(args, scenes, args.backend, args.dtype, tuple(args.option))
     print(_text(args, scenes, drawn))
     figures: dict[str, Any] = {
         "machine": measure.machine(),
-        "settings": {"backend": drawn.backend, "dtype": drawn.dtype, "scheduler": args.scheduler, "steps": args.steps,
-                     "guidance": args.guidance},
+        "settings": {"backend": drawn.backend, "dtype": drawn.dtype, "options": dict(drawn.options),
+                     "scheduler": args.scheduler, "steps": args.steps, "guidance": args.guidance},
         "adherence": shares(scenes, drawn.verdicts), "wrong": _wrong(scenes, drawn)}
     status = 0
     if args.against:
@@ -103,13 +109,15 @@ def paired(drawn: Drawn, reference: Drawn) -> dict[str, Any]:
             "psnr": {"least": min(finite), "median": float(np.median(finite))} if finite else None}
 
 
-def _draw(args: argparse.Namespace, scenes: Sequence[Scene], backend: str, dtype: str) -> Drawn:
-    pipe = Pipeline.load(args.bundle, backend, dtype=dtype, batch=args.batch)
+def _draw(args: argparse.Namespace, scenes: Sequence[Scene], backend: str, dtype: str,
+          options: tuple[tuple[str, str], ...] = ()) -> Drawn:
+    pipe = Pipeline.load(args.bundle, backend, dtype=dtype, batch=args.batch, options=dict(options))
     results = pipe([Request(scene.caption, seed=i, steps=args.steps, guidance=args.guidance, scheduler=args.scheduler)
                     for i, scene in enumerate(scenes)])
     pictures = [result.images[0] for result in results]
     verdicts = [check(np.asarray(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    return Drawn(pipe.backend, pipe.dtype, pictures, verdicts, results[0].timings["total"] / len(results) * 1000)
+    return Drawn(pipe.backend, pipe.dtype, pictures, verdicts, results[0].timings["total"] / len(results) * 1000,
+                 options)
 
 
 def _text(args: argparse.Namespace, scenes: Sequence[Scene], drawn: Drawn) -> str:

@@ -164,8 +164,8 @@ def _verify_engine(bundle: Bundle, path: Path) -> dict[str, Any]:
         found |= {"outputs": {name: one.to_json() for name, one in measured.outputs.items()},
                   "timing": asdict(measured.timing)}
         for name, one in measured.outputs.items():
-            verify.judge(name, one, record.config.dtype, verify.describe(record.component, record.config))
-        return {**found, "result": f"ok, {record.config.dtype}" + ("" if measured.outputs else ": the reference")}
+            verify.judge(name, one, measured.precision, verify.describe(record.component, record.config))
+        return {**found, "result": f"ok, {measured.precision}" + ("" if measured.outputs else ": the reference")}
     except EngineError as e:
         return {**found, "error": str(e)}
 

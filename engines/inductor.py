@@ -4,16 +4,20 @@ A package holds code for one processor or GPU architecture and no weights: those
 when it is opened, into memory that the package is told of, and a refit writes them there in place. Nothing is compiled
 when it is opened; building needs a C++ compiler.
 
-On a GPU attention, group norm with SiLU, layer norm and GEGLU are our Triton kernels, compiled into the package; on a
-CPU they are PyTorch's. Projections that read the same value are one product, convolutions have their channels last.
-Options: attention, group_norm, layer_norm, geglu = latentrt or torch; fuse = false keeps projections apart;
-max_autotune = false, on a GPU, does not time Triton's convolutions and products against cuDNN's and cuBLAS's.
+On a GPU attention, group norm with SiLU, layer norm and GEGLU can be our Triton kernels, compiled into the package; on
+a CPU the first two can be our C++ kernels, which the package calls through Python. Projections that read the same value
+are one product, convolutions have their channels last.
+Options: attention, group_norm, layer_norm, geglu = latentrt, torch, or auto, which times both at every site; fp8 =
+linear, for linear layers in float8 (`engines/inductor_fp8.py`), and fp8_least, how large they are at least; fuse =
+false keeps projections apart; max_autotune = false, on a GPU, does not time Triton's convolutions and products against
+cuDNN's and cuBLAS's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -23,7 +27,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,50 +37,22 @@ from engines.buffers import check_array, check_names, device_address, resolve
 from engines.bundle import Component
 from engines.cpu import describe
 from engines.gpu import gpus
+from engines.inductor_options import KERNELS, Options, check_fp8
 from engines.onnx_file import convert, values
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from engines.vendor import errors, importing
+from engines.verify import TOLERANCE
+from kernels import native
 
 PIP = "pip install torch onnx-ir"
-KERNELS = ("attention", "group_norm", "layer_norm", "geglu")
-SOURCES = ("inductor.py", "onnx_nodes.py", "onnx_torch.py", "onnx_file.py",
-           *(f"../kernels/{name}.py" for name in (*KERNELS, "checks", "traced")))
+SOURCES = (*(f"inductor{part}.py" for part in ("", "_choice", "_fp8", "_options")),
+           *(f"onnx_{part}.py" for part in ("file", "nodes", "sites", "torch")),
+           *(f"../kernels/{name}.py" for name in (*KERNELS, "checks", "native", "native_ops", "traced")))
 ON_GPU = False
 IN_PARTS = True
 PACKAGE, RECORD, CONSTANTS = "package.pt2", "inductor.json", "constants.npz"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The config's options. kernels: those of KERNELS that are ours."""
-
-    kernels: frozenset[str]
-    fuse: bool
-    max_autotune: bool
-
-    @classmethod
-    def read(cls, config: EngineConfig) -> Options:
-        """Raises EngineError for a name or a value that is not one of these."""
-        on_gpu = config.device.startswith("cuda")
-        flags = {"fuse": True, "max_autotune": on_gpu}
-        kernels = set(KERNELS) if on_gpu else set()
-        for name, value in config.options.items():
-            if name in KERNELS:
-                if value not in ("latentrt", "torch"):
-                    raise EngineError(f"option {name}: got {value!r}, expected latentrt or torch")
-                if value == "latentrt" and not on_gpu:
-                    raise EngineError(f"option {name}: got latentrt on {config.device}, expected torch: the Triton "
-                                      "kernels are for GPUs; --backend openvino has our kernels for CPUs")
-                (kernels.add if value == "latentrt" else kernels.discard)(name)
-            elif name in flags:
-                if str(value).lower() not in ("true", "false"):
-                    raise EngineError(f"option {name}: got {value!r}, expected true or false")
-                flags[name] = str(value).lower() == "true"
-            else:
-                raise EngineError(f"inductor: got option {name!r}, expected one of {', '.join((*KERNELS, *flags))}")
-        return cls(frozenset(kernels), **flags)
 
 
 def available() -> str | None:
@@ -105,7 +80,8 @@ def versions(config: EngineConfig | None = None) -> dict[str, str]:
     if config is None:
         return found
     if (number := _gpu(config)) is None:
-        return {**found, **describe()}
+        own = set(Options.read(config).kernels.values()) - {"torch"}
+        return {**found, **describe(), **({"kernels": native.fingerprint()} if own else {})}
     return {**found, **dataclasses.asdict(gpus()[number])}  # a version of PyTorch has one of Triton
 
 
@@ -122,6 +98,8 @@ def reads_onnx(config: EngineConfig) -> bool:
 def build(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
     """Write the package, what its weights are, and its constants. Raises EngineError where that cannot be done."""
     options, number = Options.read(config), _gpu(config)
+    if options.fp8_least is not None and number is not None:
+        check_fp8(gpus()[number].arch)
     here = _cpu_dtypes() if number is None else ("fp16", "bf16", "fp32")
     if config.dtype not in here:
         raise EngineError(f"inductor: got dtype {config.dtype}, but {describe()['cpu']} computes in {', '.join(here)}; "
@@ -135,7 +113,7 @@ def build(onnx: Path, component: Component, config: EngineConfig, directory: Pat
 def _build(onnx: Path, component: Component, config: EngineConfig, directory: Path, options: Options,
            device: str) -> None:
     torch = _vendor()
-    from engines import onnx_torch
+    from engines import inductor_choice, onnx_torch
 
     inputs = resolve(component.inputs, config)
     shapes = {name: (tuple(int(d) for d in spec.shape), spec.dtype) for name, spec in inputs.items()}
@@ -147,7 +125,13 @@ def _build(onnx: Path, component: Component, config: EngineConfig, directory: Pa
         if set(graph.inputs) != set(shapes):
             raise EngineError(f"graph inputs: got {sorted(graph.inputs)}, expected {sorted(shapes)} as the manifest "
                               "says; export the bundle again")
-        module = onnx_torch.build(graph, shapes, config.dtype, device, options.kernels)
+        ours = frozenset(kind for kind, whose in options.kernels.items() if whose != "torch")
+        found = onnx_torch.survey(graph, shapes, config.dtype, ours, native=device == "cpu" and bool(ours))
+        if config.threads and device == "cpu":
+            torch.set_num_threads(config.threads)
+        chosen, measured = inductor_choice.choose(found.both, options.kernels, found.dtype, device,
+                                                  2 * TOLERANCE[config.dtype])
+        module = onnx_torch.build(found, config.dtype, device, chosen, options.fp8_least)
         program = torch.export.export(module, tuple(
             torch.zeros(shape, dtype=getattr(torch, kind), device=device)
             for shape, kind in (shapes[name] for name in graph.inputs)), strict=False)
@@ -156,10 +140,26 @@ def _build(onnx: Path, component: Component, config: EngineConfig, directory: Pa
         _compile(program, directory, {"max_autotune": options.max_autotune})
     arrays: Mapping[str, Any] = module.constants
     np.savez(directory / CONSTANTS, **arrays)
-    record = {"inputs": graph.inputs, "outputs": graph.outputs,
-              "sites": {f"{site} {whose}": count for (site, whose), count in sorted(module.used.items())},
+    sites: dict[str, dict[str, int]] = {}
+    for (site, whose), count in sorted(module.used.items()):
+        sites.setdefault(site, {})[whose] = count
+    record = {"inputs": graph.inputs, "outputs": graph.outputs, "sites": sites,
+              "kernels": {kind: {"asked": asked, "used": " and ".join(sites[kind])}
+                          for kind, asked in options.kernels.items() if kind in sites},
+              **measured, "native": found.native,
               "weights": {name: dataclasses.asdict(weight) for name, weight in module.weights.items()}}
     (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
+
+
+def details(directory: Path) -> dict[str, Any]:
+    """What the build wrote down about the engine in `directory`.
+
+    kernels: kind of site → {asked, used}. timings: [{kind, shapes, arguments, sites, used, seconds, rounds}] of the
+    kinds of sites where both kernels were timed, seconds and rounds by whose. failed: site → why ours is not used.
+    sites: kind → {latentrt, torch or fp8}, how many. Raises EngineError for a damaged file.
+    """
+    record = _record(directory)
+    return {name: record[name] for name in ("kernels", "timings", "failed", "sites")}
 
 
 def load(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> InductorEngine:
@@ -172,12 +172,13 @@ class InductorEngine:
     """A package opened on the CPU, or on the GPU of number `gpu`; see `engines.spec.Engine`.
 
     On a GPU it runs once when it is opened, so that its kernels are loaded, and the memory that it computes in belongs
-    to it alone: a captured `enqueue` stays valid whatever else PyTorch allocates, and after a refit.
+    to it alone: a captured `enqueue` stays valid whatever else PyTorch allocates, and after a refit. precision: "fp8"
+    with linear layers in that, else the config's.
     """
 
     def __init__(self, onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
         torch = _vendor()
-        from engines.onnx_torch import Weight
+        from engines.onnx_torch import Weight, scales_name
 
         self.inputs: Mapping[str, TensorSpec] = resolve(component.inputs, config)
         self.outputs: Mapping[str, TensorSpec] = resolve(component.outputs, config)
@@ -185,15 +186,21 @@ class InductorEngine:
         self._torch, self._onnx, self._config = torch, onnx, config
         self._device = "cpu" if self.gpu is None else f"cuda:{self.gpu}"
         self._buffers: dict[str, Any] = {}
-        record = json.loads((directory / RECORD).read_text(encoding="utf8"))
+        record = _record(directory)
+        if record["native"]:
+            importlib.import_module("kernels.native_ops")  # registers what the package calls
         self._order: tuple[list[str], list[str]] = (record["inputs"], record["outputs"])
         self._package = torch._inductor.aoti_load_package(
             str(directory / PACKAGE), run_single_threaded=True, device_index=-1 if self.gpu is None else self.gpu)
         needed = self._package.get_constant_fqns()
         self._weights = {name: Weight(tuple(w["names"]), tuple(map(tuple, w["shapes"])), w["dtype"], w["channels_last"])
                          for name, w in record["weights"].items() if name in needed}
+        self.precision = "fp8" if any(w.dtype == "fp8" for w in self._weights.values()) else config.dtype
         stored = values(onnx)
         self._memory = {name: weight.empty(self._device) for name, weight in self._weights.items()}
+        self._scales = {name: weight.scales(self._device) for name, weight in self._weights.items()
+                        if weight.dtype == "fp8"}
+        self._memory |= {scales_name(name): scales for name, scales in self._scales.items()}
         for name in self._weights:
             self._write(name, {part: stored[part] for part in self._weights[name].names})
         with np.load(directory / CONSTANTS) as constants:
@@ -262,7 +269,7 @@ class InductorEngine:
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
                 value = torch.from_numpy(array)
             value = value.view(torch.bfloat16) if array.dtype == np.uint16 else value
-            weight.part(self._memory[name], part).copy_(value)
+            weight.write(self._memory[name], self._scales.get(name), part, value)
 
     def _tensor(self, spec: TensorSpec, buffer: Any) -> Any:
         if self.gpu is None:
@@ -291,6 +298,15 @@ def _compile(program: Any, directory: Path, settings: Mapping[str, Any]) -> None
     with tempfile.TemporaryDirectory(dir=directory) as cache, fresh_cache(dir=cache):
         torch._inductor.aoti_compile_and_package(program, package_path=str(directory / PACKAGE),
                                                  inductor_configs=configs)
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    file = directory / RECORD
+    try:
+        return dict(json.loads(file.read_text(encoding="utf8")))
+    except (OSError, ValueError) as e:
+        raise EngineError(f"{file} cannot be read ({e}); build the engine again: python -m engines build BUNDLE "
+                          "--backend inductor --rebuild") from e
 
 
 def _check_tools(number: int | None) -> None:

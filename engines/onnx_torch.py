@@ -19,18 +19,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engines import onnx_nodes
+from engines import inductor_fp8, onnx_nodes, onnx_sites
 from engines.onnx_nodes import Graph, Node
+from engines.onnx_sites import Both, Site
 from engines.spec import EngineError
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-KERNELS = ("attention", "group_norm", "layer_norm", "geglu")
-"""Our operators of those names, which take the place of PyTorch's where they compute the same."""
-
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: initializers one after the other along the first axis; channels_last: that memory order."""
+    """One parameter: initializers one after the other along the first axis; channels_last: that memory order.
+
+    dtype: a name of DTYPES; one in fp8 has scales beside it, float32 [1, rows], as `inductor_fp8` reads them.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -45,8 +46,25 @@ class Weight:
 
     def part(self, parameter: torch.Tensor, name: str) -> torch.Tensor:
         """The view of `parameter` that holds one of its initializers."""
+        return parameter.narrow(0, *self._rows(name))
+
+    def scales(self, device: Any) -> torch.Tensor:
+        """Memory for the scales of a parameter in fp8."""
+        return torch.empty((1, sum(shape[0] for shape in self.shapes)), dtype=torch.float32, device=device)
+
+    def write(self, parameter: torch.Tensor, scales: torch.Tensor | None, name: str, values: torch.Tensor) -> None:
+        """Give one of its initializers these values, floating-point of its shape; quantised for a parameter in fp8."""
+        if scales is None:
+            self.part(parameter, name).copy_(values)
+            return
+        quantised, scale = inductor_fp8.quantise(values.to(parameter.device))
+        self.part(parameter, name).copy_(quantised)
+        scales.narrow(1, *self._rows(name)).copy_(scale.t())
+
+    def _rows(self, name: str) -> tuple[int, int]:
+        """Where one of its initializers begins along the first axis, and how long it is."""
         at = self.names.index(name)
-        return parameter.narrow(0, sum(shape[0] for shape in self.shapes[:at]), self.shapes[at][0])
+        return sum(shape[0] for shape in self.shapes[:at]), self.shapes[at][0]
 
 
 def rewrite(graph: Graph, fuse: bool) -> Graph:
@@ -58,28 +76,37 @@ def rewrite(graph: Graph, fuse: bool) -> Graph:
 class OnnxModule(torch.nn.Module):
     """forward(inputs in the graph's order) → outputs: float32 (or integers) at both ends, `dtype` inside.
 
-    kernels: those of KERNELS that are ours. weights: name of a buffer → what it holds; its memory is left as it comes.
-    constants: name of a buffer → values; given None, a run on the meta device finds them. used: ("attention",
-    "latentrt") and so on → sites, counted when it runs.
+    kernels: kinds of `inductor_options.KERNELS` that are ours where they can be; native: those in C++, for CPUs, not in
+    Triton. chosen: site → "latentrt" or "torch", where it is not as `kernels` says. fp8: the weights of linear layers
+    in float8. weights: name of a buffer → what it holds; `scales_name` is where its scales are in fp8; their memory is
+    left as it comes. constants: name of a buffer → values; given None, a run on the meta device finds them, `both` of
+    every site that our kernels could do, and the rows of every linear layer's input. used: ("attention", "latentrt")
+    and so on → sites, counted when it runs.
     """
 
     def __init__(self, graph: Graph, dtype: str, device: Any, kernels: frozenset[str],
-                 constants: Mapping[str, np.ndarray] | None = None) -> None:
+                 constants: Mapping[str, np.ndarray] | None = None, *, native: bool = False,
+                 chosen: Mapping[Site, str] | None = None, fp8: frozenset[tuple[str, ...]] = frozenset()) -> None:
         super().__init__()
-        self.graph, self.dtype, self.kernels = graph, DTYPES[dtype], kernels
+        self.graph, self.dtype, self.kernels, self.native, self.fp8 = graph, DTYPES[dtype], kernels, native, fp8
+        self.chosen: Mapping[Site, str] = chosen or {}
         self.device = torch.device(device)
         self.angles = onnx_nodes.angles(graph)
-        self.weights = _weights(graph, dtype, self.angles)
+        self.weights = _weights(graph, dtype, self.angles, fp8)
         self.constants: dict[str, np.ndarray] = {} if constants is None else dict(constants)
         self.finding = constants is None
+        self.both: dict[Site, Both] = {}
+        self.rows: dict[tuple[str, ...], int] = {}
         self.used: Counter[tuple[str, str]] = Counter()
         self.parameter_of = {weight.names: name for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             self.register_buffer(name, weight.empty(device))
+            if weight.dtype == "fp8":
+                self.register_buffer(scales_name(name), weight.scales(device))
         for name, values in self.constants.items():
             self.register_buffer(name, torch.from_numpy(values).to(device))
-        for kernel in sorted(kernels):
-            importlib.import_module(f"kernels.{kernel}")  # registers torch.ops.latentrt.<kernel>
+        for module in ("native_ops",) if native else sorted(kernels):
+            importlib.import_module(f"kernels.{module}")  # registers torch.ops.latentrt.…
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         run = Run(self, dict(zip(self.graph.inputs, inputs, strict=True)))
@@ -90,17 +117,36 @@ class OnnxModule(torch.nn.Module):
         return tuple(x.to(torch.float32 if x.is_floating_point() else x.dtype).contiguous() for x in outputs)
 
 
-def build(graph: Graph, shapes: Mapping[str, tuple[tuple[int, ...], str]], dtype: str, device: Any,
-          kernels: frozenset[str]) -> OnnxModule:
-    """The module for inputs of these static shapes (name → shape, numpy dtype) with memory for weights on `device`.
+def survey(graph: Graph, shapes: Mapping[str, tuple[tuple[int, ...], str]], dtype: str, kernels: frozenset[str],
+           native: bool = False) -> OnnxModule:
+    """The module on the meta device after a run on these static shapes (name → shape, numpy dtype).
 
     Raises EngineError for what the table of operators does not have.
     """
-    finder = OnnxModule(graph, dtype, "meta", kernels)
+    module = OnnxModule(graph, dtype, "meta", kernels, native=native)
     with torch.no_grad():
-        finder(*(torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in
+        module(*(torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in
                  (shapes[name] for name in graph.inputs)))
-    return OnnxModule(graph, dtype, device, kernels, finder.constants)
+    return module
+
+
+def build(found: OnnxModule, dtype: str, device: Any, chosen: Mapping[Site, str] | None = None,
+          fp8_least: int | None = None) -> OnnxModule:
+    """The module of a `survey` with memory for weights on `device`.
+
+    chosen: as of OnnxModule. fp8_least: linear layers of at least this size compute in float8; None: none does.
+    """
+    elsewhere = {name for node in found.graph.nodes for name in node.inputs}
+    fp8 = frozenset(names for names, rows in found.rows.items() if fp8_least is not None
+                    and not elsewhere & set(names) and inductor_fp8.fits(
+                        rows, found.graph.shape(names[0])[1], sum(found.graph.shape(n)[0] for n in names), fp8_least))
+    return OnnxModule(found.graph, dtype, device, found.kernels, found.constants, native=found.native, chosen=chosen,
+                      fp8=fp8)
+
+
+def scales_name(name: str) -> str:
+    """The buffer that holds the scales of parameter `name`."""
+    return f"{name}_scales"
 
 
 class Run:
@@ -171,14 +217,23 @@ class Run:
             x = getattr(self.module, str(name))
         return self.cast(x)
 
-    def own(self, kernel: str, fits: bool) -> bool:
-        """Whether our kernel does this site, which is counted."""
-        ours = fits and kernel in self.module.kernels
-        self.module.used[kernel, "latentrt" if ours else "torch"] += 1
-        return ours
+    def scales(self, names: tuple[str, ...]) -> torch.Tensor:
+        return getattr(self.module, scales_name(self.module.parameter_of[names]))
+
+    def either(self, kind: str, fits: bool, ours: Callable[..., torch.Tensor], theirs: Callable[..., torch.Tensor],
+               *tensors: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """What `ours` or `theirs` makes of the tensors and arguments; fits: ours can. The site is counted."""
+        module = self.module
+        site = Site(kind, tuple(tuple(x.shape) for x in tensors), tuple(arguments.items()))
+        if fits and kind in module.kernels and module.finding:
+            both = module.both.setdefault(site, Both(ours, theirs, tuple(x.stride() for x in tensors)))
+            both.count += 1
+        whose = module.chosen.get(site, "latentrt") if fits and kind in module.kernels else "torch"
+        module.used[kind, whose] += 1
+        return (ours if whose == "latentrt" else theirs)(*tensors, **arguments)
 
 
-def _weights(graph: Graph, dtype: str, angles: set[str]) -> dict[str, Weight]:
+def _weights(graph: Graph, dtype: str, angles: set[str], fp8: frozenset[tuple[str, ...]]) -> dict[str, Weight]:
     """Every parameter that the graph's operators read, by the name of its buffer."""
     found: dict[tuple[str, ...], Weight] = {}
 
@@ -192,7 +247,7 @@ def _weights(graph: Graph, dtype: str, angles: set[str]) -> dict[str, Weight]:
         if node.op == "Linear":
             for names in (node.attributes["weights"], node.attributes["biases"]):
                 if names:
-                    add(names, dtype, False)
+                    add(names, "fp8" if names in fp8 else dtype, False)
         native = NATIVE.get(node.op, ())
         for at, name in enumerate(node.inputs):
             if graph.is_weight(name) and at not in native:
@@ -302,80 +357,11 @@ def _conv(run: Run, node: Node) -> torch.Tensor:
                 a.get("group", 1))
 
 
-def _linear(run: Run, node: Node) -> tuple[torch.Tensor, ...]:
-    names, biases = node.attributes["weights"], node.attributes["biases"]
-    weight, bias = run.cast(run.parameter(names)), run.cast(run.parameter(biases)) if biases else None
-    y = F.linear(run.tensor(node.inputs[0]), weight, bias)
-    return (y,) if len(names) == 1 else y.split([run.module.graph.shape(name)[0] for name in names], -1)
-
-
 def _gemm(run: Run, node: Node) -> torch.Tensor:
     a, (left, right, *bias) = node.attributes, [run.tensor(name) for name in node.inputs if name]
     product = (left.t() if a.get("transA") else left) @ (right.t() if a.get("transB") else right)
     product = product * a["alpha"] if a.get("alpha", 1.0) != 1 else product
     return product + (bias[0] * a["beta"] if a.get("beta", 1.0) != 1 else bias[0]) if bias else product
-
-
-def _group_norm(run: Run, node: Node) -> torch.Tensor:
-    x, weight, bias = (run.tensor(name) for name in node.inputs)
-    groups, eps, silu = node.attributes["num_groups"], node.attributes.get("epsilon", 1e-5), "silu" in node.attributes
-    if run.own("group_norm", x.shape[1] // groups <= 4096):
-        if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
-            x = x.contiguous()
-        return torch.ops.latentrt.group_norm(x, weight, bias, groups, eps, silu)
-    y = F.group_norm(x, groups, weight, bias, eps)
-    return F.silu(y) if silu else y
-
-
-def _layer_norm(run: Run, node: Node) -> torch.Tensor:
-    x, weight, *bias = (run.tensor(name) for name in node.inputs if name)
-    axis, eps = node.attributes.get("axis", -1), node.attributes.get("epsilon", 1e-5)
-    if run.own("layer_norm", axis in (-1, x.dim() - 1) and bool(bias) and x.shape[-1] <= 16384):
-        return torch.ops.latentrt.layer_norm(x.contiguous(), weight, bias[0], eps)
-    return F.layer_norm(x, x.shape[axis:], weight, bias[0] if bias else None, eps)
-
-
-def _geglu(run: Run, node: Node) -> torch.Tensor:
-    x, axis = run.tensor(node.inputs[0]), node.attributes["axis"]
-    if run.own("geglu", axis in (-1, x.dim() - 1)):
-        return torch.ops.latentrt.geglu(x.contiguous())
-    value, gate = x.chunk(2, axis)
-    return value * F.gelu(gate)
-
-
-def _attention(run: Run, node: Node) -> torch.Tensor:
-    a = node.attributes
-    if a.get("softcap", 0.0) or a.get("qk_matmul_output_mode", 0) or any(node.inputs[4:]) or len(node.outputs) > 1:
-        raise EngineError(f"inductor: got an Attention with {dict(a)} of {len(node.inputs)} inputs, expected one "
-                          "without cache, softcap or a second output; use another backend")
-    q, k, v = (run.tensor(name) for name in node.inputs[:3])
-    flat = q.dim() == 3
-    if flat:
-        heads = (a["q_num_heads"], a["kv_num_heads"], a["kv_num_heads"])
-        q, k, v = (x.unflatten(2, (n, -1)).transpose(1, 2) for x, n in zip((q, k, v), heads, strict=True))
-    mask, causal = node.inputs[3] if len(node.inputs) > 3 else "", bool(a.get("is_causal", 0))
-    if mask and not causal and _is_causal(run.constant(mask), q.shape[2], k.shape[2]):
-        mask, causal = "", True
-    same = q.shape[:2] == k.shape[:2] and k.shape == v.shape and q.shape[3] == k.shape[3]
-    fits = (16 <= q.shape[3] <= 256 or q.shape[3] == 512) and (not causal or q.shape[2] == k.shape[2])
-    if run.own("attention", same and fits and not mask):
-        q, k, v = (_rows(x.transpose(1, 2)) for x in (q, k, v))
-        y = torch.ops.latentrt.attention(q, k, v, scale=a.get("scale"), causal=causal).transpose(1, 2)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=run.tensor(mask) if mask else None, is_causal=causal,
-                                           scale=a.get("scale"), enable_gqa=q.shape[1] != k.shape[1])
-    return y.transpose(1, 2).flatten(2) if flat else y
-
-
-def _is_causal(mask: np.ndarray | None, queries: int, keys: int) -> bool:
-    """Whether a known mask says that query i sees the keys up to i."""
-    return mask is not None and mask.dtype == bool and queries == keys and mask.shape[-2:] == (queries, keys) and bool(
-        (mask == np.tri(queries, dtype=bool)).all())
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """As our attention reads it: any strides but the last."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _one(function: Callable[..., torch.Tensor]) -> Callable[[Run, Node], torch.Tensor]:
@@ -398,8 +384,9 @@ OPS: dict[str, Callable[[Run, Node], Any]] = {
     "Expand": lambda run, node: (x := run.tensor(node.inputs[0])).expand(
         np.broadcast_shapes(x.shape, tuple(int(n) for n in run.known(node.inputs[1])))),
     "Reshape": _reshape, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Slice": _slice, "Split": _split,
-    "Gather": _gather, "Cast": _cast, "Clip": _clip, "Resize": _resize, "Conv": _conv, "Linear": _linear, "Gemm": _gemm,
-    "GroupNormalization": _group_norm, "LayerNormalization": _layer_norm, "Geglu": _geglu, "Attention": _attention}
+    "Gather": _gather, "Cast": _cast, "Clip": _clip, "Resize": _resize, "Conv": _conv, "Gemm": _gemm,
+    "Linear": onnx_sites.linear, "GroupNormalization": onnx_sites.group_norm,
+    "LayerNormalization": onnx_sites.layer_norm, "Geglu": onnx_sites.geglu, "Attention": onnx_sites.attention}
 """Operator → what computes it."""
 
 

@@ -13,6 +13,14 @@ def picture_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def setting(text: str) -> tuple[str, str]:
+    """NAME=VALUE to (name, value). Raises ArgumentTypeError."""
+    name, separator, value = text.partition("=")
+    if not (name and separator):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE")
+    return name, value
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1. Raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:

@@ -23,8 +23,9 @@ from engines import cpu, gpu
 from engines.bundle import Bundle, Check, Component
 from engines.spec import Engine, EngineConfig, EngineError, TensorSpec
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-"""Largest RMS of the difference over RMS of the reference that an engine of each dtype may have."""
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "fp8": 1e-1}
+"""Largest RMS of the difference over RMS of the reference that an engine of each dtype may have; fp8: one of any dtype
+with linear layers in float8, which says so (`precision`)."""
 
 SEED = 0
 REFERENCE = "onnxruntime fp32 on cpu"
@@ -75,10 +76,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measured:
-    """An engine run on seeded inputs. outputs: name → difference from the reference; empty for the reference itself."""
+    """An engine run on seeded inputs. outputs: name → difference from the reference; empty for the reference itself.
+
+    precision: what it computes in, a key of TOLERANCE.
+    """
 
     outputs: Mapping[str, Difference]
     timing: Timing
+    precision: str
 
 
 def check(bundle: Bundle, name: str, config: EngineConfig, directory: Path, seed: int = SEED) -> tuple[Check, Timing]:
@@ -90,7 +95,7 @@ def check(bundle: Bundle, name: str, config: EngineConfig, directory: Path, seed
     found = measure(bundle, name, config, directory, seed)
     if is_reference(config):
         return Check(ITSELF, seed, 0.0, 0.0), found.timing
-    return _verdict(found.outputs, config.dtype, describe(name, config), seed, REFERENCE), found.timing
+    return _verdict(found.outputs, found.precision, describe(name, config), seed, REFERENCE), found.timing
 
 
 def measure(bundle: Bundle, name: str, config: EngineConfig, directory: Path, seed: int = SEED) -> Measured:
@@ -100,7 +105,13 @@ def measure(bundle: Bundle, name: str, config: EngineConfig, directory: Path, se
     expected = {} if is_reference(config) else reference(bundle, name, config, feed)  # its memory is free again by now
     engine = engines.backend(config.backend).load(bundle.path / component.file, component, config, directory)
     got, timing = run_timed(engine, feed)
-    return Measured({output: difference(got[output], truth) for output, truth in expected.items()}, timing)
+    return Measured({output: difference(got[output], truth) for output, truth in expected.items()}, timing,
+                    precision(engine, config))
+
+
+def precision(engine: Engine, config: EngineConfig) -> str:
+    """What an engine computes in, a key of TOLERANCE: what it says itself, else the config's dtype."""
+    return str(getattr(engine, "precision", config.dtype))
 
 
 def is_reference(config: EngineConfig) -> bool:
@@ -226,11 +237,13 @@ def judge(output: str, found: Difference, dtype: str, what: str, reference: str 
     if found.reference_nan or found.reference_inf:
         raise EngineError(f"{what}: {reference} has NaN or Inf in output {output}: the exported graph is wrong; export "
                           "the checkpoint again")
+    do = {"fp32": "", "fp8": "; leave --option fp8=linear out"}.get(dtype, "; use --dtype fp32")
     if not found.finite:
-        raise EngineError(f"{what}: output {output} has NaN or Inf, the fp32 reference has none; use --dtype fp32")
+        raise EngineError(f"{what}: output {output} has NaN or Inf, the fp32 reference has none"
+                          f"{do or '; use --dtype fp32'}")
     if not found.rel_rms <= TOLERANCE[dtype]:
         raise EngineError(f"{what}: output {output} differs from {reference} by {found.rel_rms:.2e} (relative RMS), "
-                          f"expected at most {TOLERANCE[dtype]:.0e}{'' if dtype == 'fp32' else '; use --dtype fp32'}")
+                          f"expected at most {TOLERANCE[dtype]:.0e}{do}")
 
 
 def _verdict(found: Mapping[str, Difference], dtype: str, what: str, seed: int, reference: str) -> Check:

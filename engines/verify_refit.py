@@ -36,7 +36,7 @@ def check(bundle: Bundle, name: str, config: EngineConfig, directory: Path,
 
     weights: initializer → new value, by default those of `perturbed` that the engine has kept apart (its attribute
     `refittable`, where it has one). The engine on disk does not change. Raises EngineError where an output is over the
-    tolerance of the config's dtype, has NaN or Inf, a bias changes nothing, or nothing can be changed.
+    tolerance of what it computes in, has NaN or Inf, a bias changes nothing, or nothing can be changed.
     """
     component = bundle.component(name)
     onnx = bundle.path / component.file
@@ -84,7 +84,7 @@ def compare(engine: Engine, onnx: Path, component: Component, config: EngineConf
     feed = verify.inputs(engine.inputs.values(), seed)
     expected = _reference(onnx, component, config, weights, feed)
     engine.refit(weights)
-    return verify.compare(verify.run(engine, feed), expected, config.dtype,
+    return verify.compare(verify.run(engine, feed), expected, verify.precision(engine, config),
                           f"{config.backend} {config.dtype} engine with {len(weights)} new weights", seed,
                           f"{verify.REFERENCE} with the same weights")
 

@@ -14,7 +14,7 @@ import engines
 from engines import Bundle
 from engines.choice import choose
 from engines.interrupt import interruptible
-from engines.options import picture_size
+from engines.options import picture_size, setting
 from runtime import Control, EngineError, Pipeline, Request, Result, images, tasks
 from runtime.request import BLENDS, ENCODINGS, PROMPT_STYLES, TASKS
 from runtime.schedulers import names
@@ -57,10 +57,11 @@ def _run(args: argparse.Namespace) -> int:
     choice = choose(args.backend, args.dtype, args.device, bundle=bundle, size=size, batch=args.batch,
                     threads=args.threads)
     if args.rebuild:
-        engines.build_all(bundle, choice.backend, sizes=[size], batches=[args.batch],
-                          dtype=choice.dtype, device=choice.device, threads=args.threads, rebuild=True)
+        engines.build_all(bundle, choice.backend, sizes=[size], batches=[args.batch], dtype=choice.dtype,
+                          device=choice.device, threads=args.threads, rebuild=True, options=dict(args.option))
     pipe = Pipeline.load(args.bundle, choice.backend, dtype=choice.dtype, device=choice.device, size=size,
-                         batch=args.batch, threads=args.threads, eager=args.eager, progress=not args.quiet)
+                         batch=args.batch, threads=args.threads, eager=args.eager, progress=not args.quiet,
+                         options=dict(args.option))
     results = pipe(requests)
     drawn = []
     for result, files in zip(results, targets, strict=True):
@@ -183,6 +184,8 @@ def _parser() -> argparse.ArgumentParser:
         "python -m engines list BUNDLE says which and why)")
     add("--dtype", default="auto", help="fp32, fp16, bf16 or auto: precision to compute in (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda:0 or auto (default): where the engine runs")
+    add("--option", type=setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the backend, "
+        "as python -m engines build has them")
     add("--eager", action="store_true", help="no CUDA graphs")
     add("--batch", type=int, default=1, metavar="N", help="images denoised together (default 1)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,15 +72,15 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, *, backend: str, dtype: str, device: str, size: tuple[int, int], batch: int,
-                 threads: int, eager: bool, progress: bool, safety_checker: SafetyChecker | None,
-                 depth_estimator: DepthEstimator | None) -> None:
+                 threads: int, eager: bool, progress: bool, options: Mapping[str, Any] | None,
+                 safety_checker: SafetyChecker | None, depth_estimator: DepthEstimator | None) -> None:
         self.bundle = bundle
         self.backend = backend
         self.dtype = dtype
         self.device = device
         self.size = size
         self.batch = batch
-        self._threads = threads
+        self._threads, self._options = threads, dict(options or {})
         self.load_seconds = 0.0
         self._progress = progress
         self._safety_checker, self._depth_estimator = safety_checker, depth_estimator
@@ -97,7 +97,8 @@ class Pipeline:
     @classmethod
     def load(cls, path: str | Path, backend: str = "auto", *, dtype: str = "auto", device: str = "auto",
              size: tuple[int, int] | None = None, batch: int = 1, threads: int = 0, eager: bool = False,
-             progress: bool = True, safety_checker: SafetyChecker | None = None,
+             progress: bool = True, options: Mapping[str, Any] | None = None,
+             safety_checker: SafetyChecker | None = None,
              depth_estimator: DepthEstimator | None = None) -> Pipeline:
         """Open a bundle and load its engines (building those that are not there yet).
 
@@ -105,6 +106,7 @@ class Pipeline:
         for the fastest that the backend runs well here; a GPU runs the graph's own. device: "cpu", "cuda:0", or "auto"
         for the one that the backend is for. size: (height, width) pixels; the model's own by default. batch: images
         denoised together. threads: CPU threads, 0 for all cores. eager: no CUDA graphs. progress: bars on a terminal.
+        options: settings of the backend, such as {"fp8": "linear"}, as `python -m engines build --option` takes them.
         safety_checker: sees every finished picture, and returns it or another, or None to withhold it. depth_estimator:
         gives a depth map, [H, W] in any unit, of the picture of a request that has none but needs one.
 
@@ -124,7 +126,8 @@ class Pipeline:
                               f"export the checkpoint with --dtype {dtype}")
         bundle.verify(bundle.manifest.files)
         pipe = cls(bundle, backend=backend, dtype=dtype, device=device, size=size, batch=batch, threads=threads,
-                   eager=eager, progress=progress, safety_checker=safety_checker, depth_estimator=depth_estimator)
+                   eager=eager, progress=progress, options=options, safety_checker=safety_checker,
+                   depth_estimator=depth_estimator)
         loads = [pipe._texts.load, lambda: pipe._unet.load(size, 2 * batch),
                  lambda: pipe._engine("vae_decoder", 1, *size)]
         if not {"text-to-image", "upscale"} & set(bundle.manifest.tasks):
@@ -285,7 +288,8 @@ class Pipeline:
         if key not in self._engines:
             dtype = self.bundle.component(component).dtype if engines.backend(self.backend).ON_GPU else self.dtype
             config = self.bundle.config(component, backend=self.backend, dtype=dtype, batch=batch, height=height,
-                                        width=width, sequence=tokens, threads=self._threads, device=self.device)
+                                        width=width, sequence=tokens, threads=self._threads, device=self.device,
+                                        options=self._options)
             start = time.perf_counter()
             engine = engines.load(self.bundle, component, config)
             self._engines[key] = BoundEngine(engine, self._place(engine))

@@ -30,7 +30,8 @@ VENDORS = {"onnxruntime": "engines/onnxruntime.py", "openvino": "engines/openvin
 TRITON = {f"kernels/{name}.py" for name in (
     "accumulate", "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "step_input", "to_image",
     "traced")}
-LAZY = {"engines/onnx_torch.py"}
+LAZY = {"kernels/native_ops.py",
+        *(f"engines/{name}.py" for name in ("inductor_choice", "inductor_fp8", "onnx_sites", "onnx_torch"))}
 """Files that only functions import: of the inductor backend."""
 SECONDS_TO_IMPORT = 1.0
 

@@ -23,7 +23,9 @@ from engines import onnx_nodes, store, verify
 from engines.buffers import resolve
 from engines.bundle import Bundle
 from engines.inductor import CONSTANTS, PACKAGE, RECORD
+from engines.inductor_options import KERNELS, NATIVE
 from engines.spec import EngineConfig, EngineError
+from kernels import native
 from tests import tiny
 from tests.small import small_bundle
 from tests.test_engines import bound, rel_rms, unet, weights
@@ -34,6 +36,8 @@ torch = pytest.importorskip("torch")
 from engines import onnx_torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+KERNELS_OF = {"fp32": {}, "bf16": {} if native.available() else dict.fromkeys(NATIVE, "latentrt")}
+"""Options of the small UNet in each dtype: in fp32 both kernels are timed, in bf16 the C++ ones are asked for."""
 module = engines.backend("inductor")
 COMPONENTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 
@@ -53,10 +57,10 @@ def quick():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The small bundle with its UNet built in fp32 and, where this CPU has it, bf16."""
+    """The small bundle with its UNet built in fp32 and, where this CPU has it, bf16, each with other kernels."""
     bundle = small_bundle(tmp_path_factory.mktemp("inductor") / "small")
     for dtype in module.dtypes():
-        engines.build(bundle, "unet", config(bundle, dtype=dtype))
+        engines.build(bundle, "unet", config(bundle, dtype=dtype, options=KERNELS_OF[dtype]))
     return bundle
 
 
@@ -74,17 +78,22 @@ def torch_module(bundle, component, dtype, kernels=frozenset(), fuse=True, devic
     graph = onnx_torch.rewrite(onnx_nodes.read(bundle.path / spec.file), fuse)
     inputs = resolve(spec.inputs, config(bundle, component))
     shapes = {name: (s.shape, s.dtype) for name, s in inputs.items()}
-    made = onnx_torch.build(graph, shapes, dtype, device, kernels)
+    return filled(onnx_torch.build(onnx_torch.survey(graph, shapes, dtype, kernels), dtype, device))
+
+
+def filled(made):
+    """The module with its weights in it."""
     for name, weight in made.weights.items():
+        scales = getattr(made, onnx_torch.scales_name(name), None)
         for part in weight.names:
-            weight.part(getattr(made, name), part).copy_(torch.from_numpy(graph.numbers(part).copy()))
+            weight.write(getattr(made, name), scales, part, torch.from_numpy(made.graph.numbers(part).copy()))
     return made
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize(("model", "kernels"), [("sd1", frozenset()), ("sd2", frozenset()),
-                                                ("sd2", frozenset(onnx_torch.KERNELS))],
+                                                ("sd2", frozenset(KERNELS))],
                          ids=["sd1-torch", "sd2-torch", "sd2-latentrt"])
 def test_every_graph_in_torch_equals_the_reference(bundles, model, component, dtype, kernels):
     """With our operators too, which on a CPU are their references: they are given what the sites mean."""
@@ -98,7 +107,7 @@ def test_every_graph_in_torch_equals_the_reference(bundles, model, component, dt
     for name, value in zip(made.graph.outputs, got, strict=True):
         assert value.dtype == torch.float32
         assert rel_rms(value.numpy(), expected[name]) < ENGINE_REL_RMS[dtype]
-    counted = {site: sum(n for (op, _), n in made.used.items() if op == site) for site in onnx_torch.KERNELS}
+    counted = {site: sum(n for (op, _), n in made.used.items() if op == site) for site in KERNELS}
     sites = bundle.component(component).sites
     assert counted["attention"] == sites["Attention"]
     assert counted["group_norm"] == sites.get("GroupNormalization", 0)
@@ -123,7 +132,7 @@ def test_projections_of_one_value_are_one_product(bundles):
 @pytest.mark.parametrize("dtype", module.dtypes())
 def test_an_engine_equals_torch_at_every_timestep(small, dtype):
     """In float64; and no timestep is rounded on the way: bfloat16 has no 999."""
-    engine = engines.load(small, "unet", config(small, dtype=dtype))
+    engine = engines.load(small, "unet", config(small, dtype=dtype, options=KERNELS_OF[dtype]))
     buffers = bound(engine)
     errors = {}
     for timestep in (0.0, 801.0, 999.0, 998.5):
@@ -139,8 +148,24 @@ def test_what_a_build_leaves(small):
     assert sorted(os.listdir(path)) == sorted(["engine.json", PACKAGE, RECORD, CONSTANTS])
     record = store.Record.read(path, "")
     assert 0 < record.check.rel_rms < ENGINE_REL_RMS["fp32"]
-    assert json.loads((path / RECORD).read_text())["sites"] == {
-        "attention torch": 1, "group_norm torch": 1, "layer_norm torch": 1}
+    found = module.details(path)
+    assert {kind: sum(sites.values()) for kind, sites in found["sites"].items()} == {
+        "attention": 1, "group_norm": 1, "layer_norm": 1}
+    timed = {} if native.available() else dict.fromkeys(NATIVE, "auto")
+    assert {kind: one["asked"] for kind, one in found["kernels"].items()} == dict.fromkeys(
+        found["sites"], "torch") | timed
+    assert {row["kind"] for row in found["timings"]} == set(timed) and not found["failed"]
+    for row in found["timings"]:
+        assert row["used"] == min(row["seconds"], key=row["seconds"].__getitem__)
+        assert found["sites"][row["kind"]] == {row["used"]: row["sites"]}
+        assert found["kernels"][row["kind"]]["used"] == row["used"]
+
+
+@pytest.mark.skipif(bool(native.available()) or "bf16" not in module.dtypes(), reason="needs the C++ kernels and bf16")
+def test_the_kernels_that_are_asked_for_are_used(small):
+    found = module.details(store.find(small, "unet", config(small, dtype="bf16", options=KERNELS_OF["bf16"])))
+    assert found["sites"] == {"attention": {"latentrt": 1}, "group_norm": {"latentrt": 1}, "layer_norm": {"torch": 1}}
+    assert found["timings"] == [] and found["kernels"]["attention"] == {"asked": "latentrt", "used": "latentrt"}
 
 
 def test_enqueue_reads_and_writes_the_bound_memory(small):
@@ -253,8 +278,11 @@ def test_a_fresh_process_opens_it_without_a_compiler(small):
     ({"device": "gpu"}, "got device 'gpu', expected cpu or cuda:N"),
     ({"device": "cuda:99"}, "got device cuda:99 on a machine of"),
     ({"options": {"surprise": "1"}}, "got option 'surprise', expected one of attention, group_norm"),
-    ({"options": {"attention": "flash"}}, "option attention: got 'flash', expected latentrt or torch"),
+    ({"options": {"attention": "flash"}}, "option attention: got 'flash', expected latentrt, torch or auto"),
     ({"options": {"geglu": "latentrt"}}, "option geglu: got latentrt on cpu, expected torch"),
+    ({"options": {"layer_norm": "auto"}}, "option layer_norm: got auto on cpu, expected torch: that kernel of ours is"),
+    ({"options": {"fp8": "yes"}}, "option fp8: got 'yes', expected linear or none"),
+    ({"options": {"fp8_least": "0"}}, "option fp8_least: got '0', expected a whole number of at least 1"),
     ({"options": {"fuse": "maybe"}}, "option fuse: got 'maybe', expected true or false"),
     ({"dtype": "fp16"}, "got dtype fp16.*computes in.*--dtype fp32"),
 ], ids=str)
@@ -269,7 +297,7 @@ def test_an_unknown_operator_is_named(tmp_path):
     nodes = [h.make_node("Det", ["x"], ["y"])]
     graph = graph_of(tmp_path / "x.onnx", nodes, {}, {"x": (2, 3, 3)})
     with pytest.raises(EngineError, match="got operator Det in the graph, expected one of Add"):
-        onnx_torch.build(graph, {"x": ((2, 3, 3), "float32")}, "fp32", "cpu", frozenset())
+        onnx_torch.survey(graph, {"x": ((2, 3, 3), "float32")}, "fp32", frozenset())
 
 
 def graph_of(path, nodes, initializers, inputs, outputs=("y",)):
@@ -350,10 +378,8 @@ def test_operators_equal_onnxruntime(tmp_path, nodes):
     graph = graph_of(tmp_path / "x.onnx", nodes, initializers, {"x": (2, 4, 6, 6)})
     x = rng.standard_normal((2, 4, 6, 6)).astype(np.float32)
     expected = onnxruntime.InferenceSession(tmp_path / "x.onnx").run(None, {"x": x})[0]
-    made = onnx_torch.build(onnx_torch.rewrite(graph, True), {"x": (x.shape, "float32")}, "fp32", "cpu", frozenset())
-    for name, weight in made.weights.items():
-        for part in weight.names:
-            weight.part(getattr(made, name), part).copy_(torch.from_numpy(initializers[part]))
+    found = onnx_torch.survey(onnx_torch.rewrite(graph, True), {"x": (x.shape, "float32")}, "fp32", frozenset())
+    made = filled(onnx_torch.build(found, "fp32", "cpu"))
     np.testing.assert_allclose(made(torch.from_numpy(x))[0].numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -368,6 +394,7 @@ def test_a_gpu_graph_holds_our_kernels(bundles):
         from torch._subclasses.fake_tensor import FakeTensorMode
         from engines import Bundle, onnx_nodes, onnx_torch
         from engines.buffers import resolve
+        from engines.inductor_options import KERNELS
 
         class Hopper:
             get_current_target = staticmethod(lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32))
@@ -381,21 +408,25 @@ def test_a_gpu_graph_holds_our_kernels(bundles):
         inputs = resolve(spec.inputs, bundle.config("unet", backend="inductor", height=64, width=64, batch=2))
         graph = onnx_torch.rewrite(onnx_nodes.read(bundle.path / spec.file), True)
         with FakeTensorMode(), torch.no_grad():
-            module = onnx_torch.build(graph, {{n: (s.shape, s.dtype) for n, s in inputs.items()}}, "fp16", "cuda:0",
-                                      frozenset(onnx_torch.KERNELS))
+            shapes = {{n: (s.shape, s.dtype) for n, s in inputs.items()}}
+            found = onnx_torch.survey(graph, shapes, "fp16", frozenset(KERNELS))
+            module = onnx_torch.build(found, "fp16", "cuda:0", fp8_least=32)
             x = tuple(torch.zeros(inputs[n].shape, device="cuda:0") for n in graph.inputs)
             program = torch.export.export(module, x, strict=False)
             ops = Counter(str(node.target) for node in program.graph.nodes if "latentrt" in str(node.target))
             triton.runtime.driver.set_active(Hopper())
             traced, _ = aot_export_module(program.module(), x, trace_joint=False, decompositions={{}})
         kernels = [node for node in traced.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
-        print(json.dumps([ops, [node.kwargs["tensors_to_clone"] for node in kernels],
+        products = sum("_scaled_mm" in str(node.target) for node in traced.graph.nodes)
+        print(json.dumps([products, module.used["linear", "fp8"], ops,
+                          [node.kwargs["tensors_to_clone"] for node in kernels],
                           [str(node.target) for node in traced.graph.nodes if "latentrt" in str(node.target)]]))
     """)
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
-    ops, written, left = json.loads(done.stdout)
+    products, in_fp8, ops, written, left = json.loads(done.stdout)
+    assert products == in_fp8 > 10
     sites = Bundle.open(bundles["sd2"]).component("unet").sites
     assert ops == {"latentrt.attention.default": sites["Attention"], "latentrt.geglu.default": sites["Gelu"],
                    "latentrt.group_norm.default": sites["GroupNormalization"],
@@ -406,25 +437,31 @@ def test_a_gpu_graph_holds_our_kernels(bundles):
 
 @pytest.mark.slow
 def test_a_pipeline_draws_the_reference_picture(tmp_path):
-    """All engines of a tiny model; and a bias of four values, which a compiler would make a literal, is refitted."""
+    """All engines of a tiny model; and a bias of four values, which a compiler would make a literal, is refitted.
+
+    Quick, as compiling goes: one level each, and the refitted engine is the picture's.
+    """
     from export import export
     from runtime import Pipeline, Request
 
-    bundle = export(tiny.sd1(tmp_path / "checkpoint", levels=2), tmp_path / "bundle", progress=False)
-    request = Request("a cat and a horse", steps=3, seed=5, height=64, width=64, scheduler="ddim")
+    checkpoint = tiny.sd1(tmp_path / "checkpoint", levels=1, vae_levels=1)
+    bundle = export(checkpoint, tmp_path / "bundle", progress=False)
+    request = Request("a cat and a horse", steps=3, seed=5, height=16, width=16, scheduler="ddim")
     pictures = []
     for backend in ("onnxruntime", "inductor"):
-        pipe = Pipeline.load(bundle.path, backend, dtype="fp32", size=(64, 64))
+        pipe = Pipeline.load(bundle.path, backend, dtype="fp32", size=(16, 16))
         pictures.append(pipe.decode(pipe(request).latents))
     np.testing.assert_allclose(pictures[1], pictures[0], atol=IMAGE_MAX, rtol=0)
-    own = config(bundle)
+    own = config(bundle, "unet_body", height=16, width=16)
+    built = set(store.engine_directories(bundle))
     changed = {"conv_out.bias": np.float32([1, 2, 3, 4])}
     outputs = []
     for backend in ("onnxruntime", "inductor"):
-        engine = engines.load(bundle, "unet", dataclasses.replace(own, backend=backend))
+        engine = engines.load(bundle, "unet_body", dataclasses.replace(own, backend=backend))
         engine.refit(changed)
         outputs.append(verify.run(engine, verify.inputs(engine.inputs.values(), 1))["noise_pred"])
     assert rel_rms(outputs[1], outputs[0]) < ENGINE_REL_RMS["fp32"]
+    assert set(store.engine_directories(bundle)) == built
 
 
 @pytest.mark.gpu
@@ -465,6 +502,9 @@ def test_a_captured_run_sees_new_inputs_and_new_weights(tmp_path):
 
 
 def test_versions_name_the_device():
-    own = EngineConfig("inductor")
-    assert set(module.versions(own)) == {"inductor", "cpu", "arch", "isa"}
+    """And the C++ kernels, where an engine may hold calls of them."""
+    named = {"inductor", "cpu", "arch", "isa"}
+    assert set(module.versions(EngineConfig("inductor"))) == named | (set() if native.available() else {"kernels"})
+    own = EngineConfig("inductor", options=dict.fromkeys(NATIVE, "torch"))
+    assert set(module.versions(own)) == named
     assert module.versions()["inductor"].startswith(torch.__version__.partition("+")[0])
