@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from engines.low_rank import Weight
 from engines.spec import EngineError
 
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
@@ -35,7 +36,7 @@ class Initializer:
     shape: tuple[int, ...]
     external: bool
 
-    def convert(self, name: str, value: np.ndarray) -> np.ndarray:
+    def convert(self, name: str, value: Weight) -> np.ndarray:
         """`value` as this weight stores it; bfloat16 as uint16, rounded to nearest even.
 
         Raises EngineError for another shape, or a value that is not floating point where the weight is.
@@ -46,7 +47,7 @@ class Initializer:
             return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return np.ascontiguousarray(value, np.float16 if self.type == FLOAT16 else np.float32)
 
-    def check(self, name: str, value: np.ndarray) -> np.ndarray:
+    def check(self, name: str, value: Weight) -> Weight:
         """`value`. Raises EngineError for another shape, or where it or the weight is not of floating point."""
         if tuple(value.shape) != self.shape:
             raise EngineError(f"weight {name}: got shape {tuple(value.shape)}, expected {self.shape}")
@@ -116,7 +117,7 @@ def refitted(model: Path, names: Collection[str]) -> dict[str, Initializer]:
     return {name: known[name] for name in names}
 
 
-def convert(model: Path, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def convert(model: Path, weights: Mapping[str, Weight]) -> dict[str, np.ndarray]:
     """New weights as the initializers of ONNX file `model` store them. Raises EngineError for a wrong name or shape."""
     return {name: weight.convert(name, weights[name]) for name, weight in refitted(model, weights).items()}
 

@@ -22,6 +22,7 @@ from engines.buffers import check_array, check_names, resolve
 from engines.bundle import Component
 from engines.cpu import describe
 from engines.layers import Layer
+from engines.low_rank import Weight
 from engines.onnx_file import refitted
 from engines.openvino_passes import (
     cut_angles,
@@ -39,7 +40,7 @@ from kernels import native
 
 PIP = "pip install openvino"
 PRECISION = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-SOURCES = ("openvino.py", "openvino_passes.py", "onnx_file.py")
+SOURCES = ("openvino.py", "openvino_passes.py", "onnx_file.py", "low_rank.py")
 KERNELS = {"attention": ("Attention", own_attention), "norm": ("GroupNormSilu", own_group_norm)}
 """Option that chooses whose kernel → our op, and the pass that puts it in the graph."""
 
@@ -180,7 +181,7 @@ class OpenVinoEngine:
             request.start_async()
             request.wait()
 
-    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+    def refit(self, weights: Mapping[str, Weight]) -> None:
         known = refitted(self._onnx, weights)
         models = [model.clone() for model in self._models]  # which share their constants
         with errors(f"openvino could not compile {self._onnx}"):

@@ -1,7 +1,8 @@
 """latentrt's runtime: prompts to pictures from a bundle's engines, without torch or diffusers."""
 
 from engines import EngineError
+from runtime.lora import Lora
 from runtime.pipeline import Pipeline, Result
 from runtime.request import Request, Step
 
-__all__ = ["EngineError", "Pipeline", "Request", "Result", "Step"]
+__all__ = ["EngineError", "Lora", "Pipeline", "Request", "Result", "Step"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from engines import Bundle
+from engines.low_rank import LowRank, constant
 from engines.onnx_file import values
 from runtime.buffers import BoundEngine
 from runtime.lora_file import LoraFile, Pair, Weights, read_lora, weights_of
@@ -132,8 +133,9 @@ class Loras:
             names = (before.changed | wanted) & base.keys()
         if names:
             self._applied[engine] = _Applied(None, names)
-            engine.refit(_Merged(base, names, [(lora.scale_of(model), file.pairs[model])
-                                               for lora, file in self._state if model in file.pairs]))
+            engine.refit({name: _with(base[name], [(lora.scale_of(model), file.pairs[model][name])
+                                                   for lora, file in self._state if name in file.pairs.get(model, ())])
+                          for name in sorted(names)})
         self._applied[engine] = _Applied(self._state, wanted & names)
         return engine
 
@@ -166,33 +168,10 @@ class Loras:
         return self._base[component]
 
 
-class _Merged(Mapping[str, np.ndarray]):
-    """Weights `names` with LoRAs, float32, each computed when it is asked for.
-
-    base: as the bundle stores them. parts: (scale, weight → pair) of every LoRA.
-    """
-
-    def __init__(self, base: Mapping[str, np.ndarray], names: frozenset[str],
-                 parts: Sequence[tuple[float, Mapping[str, Pair]]]) -> None:
-        self._base = base
-        self._names = sorted(names)
-        self._parts = parts
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        base = self._base[name]
-        if base.dtype == np.uint16:  # bfloat16
-            out = (base.astype(np.uint32) << 16).view(np.float32)
-        else:
-            out = base.astype(np.float32)
-        pairs = [(scale * parts[name].factor, parts[name]) for scale, parts in self._parts if scale and name in parts]
-        if pairs:
-            up = np.concatenate([factor * pair.up for factor, pair in pairs], axis=1, dtype=np.float32)
-            down = np.concatenate([pair.down for _, pair in pairs])
-            out += (up @ down).reshape(out.shape)
-        return out
+def _with(base: np.ndarray, pairs: Sequence[tuple[float, Pair]]) -> LowRank:
+    """A weight and its pairs, each with its scale."""
+    up = [np.float32(scale * pair.factor) * pair.up for scale, pair in pairs]
+    if not up:
+        return constant(base)
+    return LowRank(np.ascontiguousarray(base), np.ascontiguousarray(np.concatenate(up, axis=1)),
+                   np.concatenate([pair.down for _, pair in pairs]))

@@ -27,6 +27,7 @@ from runtime.decode import Decoder
 from runtime.denoise import Job, denoise
 from runtime.device import Cuda, Device
 from runtime.host import Host
+from runtime.lora import Lora, Loras
 from runtime.request import Request, Step
 from runtime.slots import Capacity, Slots
 from runtime.tasks import table_of, text_to_image
@@ -82,6 +83,7 @@ class Pipeline:
         self._decoders: dict[tuple[int, int], Decoder] = {}
         self._slots: dict[tuple[Any, ...], Slots] = {}
         self._unet = UNet(bundle, self._engine, engines.in_parts(bundle, backend))
+        self._loras = Loras(bundle)
         self._tokenizers = [PromptTokenizer(bundle.path, spec) for spec in bundle.manifest.text]
 
     @classmethod
@@ -138,8 +140,20 @@ class Pipeline:
         if isinstance(request, Request):
             return self([request])[0]
         requests = [self._resolve(r) for r in request]
-        if not requests:
-            return []
+        groups: dict[tuple[Lora, ...], list[int]] = {}
+        for index, r in enumerate(requests):
+            groups.setdefault(r.loras, []).append(index)
+        results: dict[int, Result] = {}
+        try:
+            for loras, members in groups.items():
+                self._loras.use(loras)
+                results |= zip(members, self._draw([requests[i] for i in members]), strict=True)
+        finally:
+            self._loras.use(())
+        return [results[i] for i in range(len(requests))]
+
+    def _draw(self, requests: list[Request]) -> list[Result]:
+        """Requests of the LoRAs in use, as one batch."""
         start = time.perf_counter()
         texts = self.encode([prompt for r in requests for prompt in (r.negative_prompt, r.prompt)])
         pairs = texts.reshape(len(requests), 2, *texts.shape[1:])
@@ -248,7 +262,7 @@ class Pipeline:
             engine = engines.load(self.bundle, component, config)
             self._engines[key] = BoundEngine(engine, self._place(engine))
             logger.info("%s %s ready in %.2f s", component, config.dims, time.perf_counter() - start)
-        return self._engines[key]
+        return self._loras.fit(component, self._engines[key])
 
     def _place(self, engine: Engine) -> Device:
         """Where an engine runs: this host, or the GPU of the number that it says."""
@@ -271,6 +285,7 @@ class Pipeline:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         request = dataclasses.replace(request, height=height, width=width, seed=seed)
         table_of(request, self.bundle.manifest)
+        self._loras.check(request.loras)
         latent = self.bundle.manifest.latent
         shape = (latent.channels, height // latent.factor, width // latent.factor)
         if request.latents is not None and request.latents.shape[1:] != shape:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
+
+from runtime.lora import Lora
 
 OUTPUTS = ("image", "latent")
 MAX_SEED = 2**64 - 1
@@ -43,6 +45,7 @@ class Request:
     eta: DDIM's noise share, 0 to 1. timesteps: the solver's timesteps instead of `steps` evenly chosen ones.
     seed: 0 … 2**64 - 1; image i of `count` uses seed + i, with the noise torch's CPU generator gives; None draws one.
     latents: float32 [C, h, w] or [count, C, h, w] of unit variance to start from, in place of noise.
+    loras: LoRAs on the UNet and text encoders, of `runtime.lora.Lora` or paths; none by default.
     output: "image", or "latent" to stop before decoding.
     on_step: called with a `Step` after every evaluation; returning False cancels the request.
 
@@ -62,6 +65,7 @@ class Request:
     seed: int | None = None
     count: int = 1
     latents: np.ndarray | None = field(default=None, compare=False)
+    loras: tuple[Lora, ...] = ()
     output: str = "image"
     on_step: Callable[[Step], bool | None] | None = field(default=None, compare=False, repr=False)
 
@@ -86,6 +90,7 @@ class Request:
             object.__setattr__(self, "timesteps", _timesteps(self.timesteps))
         if self.latents is not None:
             object.__setattr__(self, "latents", _latents(self.latents, self.count))
+        object.__setattr__(self, "loras", _loras(self.loras))
         if self.on_step is not None and not callable(self.on_step):
             raise ValueError(f"on_step: got {self.on_step!r}, expected a function of one Step")
 
@@ -102,6 +107,9 @@ class Request:
             if f.name == "latents":
                 if value is not None:
                     out["latents"] = True
+            elif f.name == "loras":
+                if value:
+                    out["loras"] = [lora.to_json() for lora in value]
             elif f.name != "on_step" and (f.default is dataclasses.MISSING or value != f.default):
                 out[f.name] = list(value) if isinstance(value, tuple) else value
         return out
@@ -134,6 +142,14 @@ def _number(name: str, value: object, low: float, high: float) -> None:
             or not math.isfinite(value) or not low <= value <= high:
         span = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
         raise ValueError(f"{name}: got {value!r}, expected a number {span}")
+
+
+def _loras(value: Any) -> tuple[Lora, ...]:
+    """From LoRAs, paths, or what `Lora.to_json` gives."""
+    if isinstance(value, str | Lora) or not isinstance(value, Sequence):
+        raise ValueError(f"loras: got {value!r}, expected a list of them, as [Lora('style.safetensors', 0.7)]")
+    return tuple(lora if isinstance(lora, Lora) else Lora.from_json(lora) if isinstance(lora, Mapping) else Lora(lora)
+                 for lora in value)
 
 
 def _timesteps(value: Any) -> tuple[int, ...]:
