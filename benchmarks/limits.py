@@ -19,6 +19,8 @@ from benchmarks import measure
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 NARROW = ("fp16", "bf16")
+SIZES = 6
+"""Numbers that condition the UNet of Stable Diffusion XL beside the pooled text."""
 RATES = {"cpu": ("bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
 """Device → precisions whose matrix rate is measured."""
 
@@ -38,16 +40,13 @@ def unet_flops(checkpoint: Path, rows: int, height: int, width: int, tokens: int
     import torch
     from diffusers import UNet2DConditionModel
 
-    from export.checkpoint import TIME_IDS
-
     config = _config(checkpoint, "unet")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config).eval()
         added = None
         if config.get("addition_embed_type") == "text_time":
-            sizes = TIME_IDS * config["addition_time_embed_dim"]
-            pooled = config["projection_class_embeddings_input_dim"] - sizes
-            added = {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, TIME_IDS)}
+            pooled = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
+            added = {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, SIZES)}
         return count(unet, torch.empty(rows, config.get("in_channels", 4), height, width), torch.empty(rows),
                      torch.empty(rows, tokens, config["cross_attention_dim"]), added_cond_kwargs=added)
 

@@ -31,8 +31,7 @@ from typing import Any
 
 import numpy as np
 
-import export
-from benchmarks import limits, measure, turns
+from benchmarks import limits, measure, random_model, turns
 from benchmarks.given import configure_compiler, freeze
 from benchmarks.turns import Contender, Job, Measured, number
 from engines import Bundle
@@ -63,7 +62,7 @@ Draw = Callable[[], Drawn]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    turns.add_arguments(parser, list(CONTENDERS), rounds=3, seconds=60.0, least=1, families=export.FAMILIES)
+    turns.add_arguments(parser, list(CONTENDERS), rounds=3, seconds=60.0, least=1, families=random_model.FAMILIES[:3])
     parser.add_argument("--prompt", default="a photograph of an astronaut riding a horse", metavar="TEXT")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="default %(default)s")
     parser.add_argument("--guidance", type=float, default=7.5, metavar="SCALE", help="default %(default)s")

@@ -17,7 +17,7 @@ from engines.bundle import MANIFEST, hash_file
 from engines.publish import publish
 
 INDEX = "model_index.json"
-FAMILIES = (*export.FAMILIES, "sdxl")
+FAMILIES = ("sd1", "sd2-base", "sd2-v", "sdxl")
 DTYPE = "fp32; sdxl: fp16"
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 from engines.spec import EngineConfig, EngineError, TensorSpec
 
-FORMAT = 1
+FORMAT = 2  # 1 had text-to-image models only
 MANIFEST = "manifest.json"
+TASKS = {("mask", "masked_image"): "inpaint", ("depth",): "depth-to-image", ("low_resolution",): "upscale"}
+"""Extra channels of a UNet → the one task that such a model does."""
 LARGE = 1 << 26
 """Bytes from which on the hash of a file is remembered while it is unchanged."""
 
@@ -95,7 +97,9 @@ class Manifest:
     """Everything the runtime knows of a model. scheduler is the checkpoint's own scheduler_config, `_class_name` too.
 
     files: bundle files that belong to no component (tokenizer) → sha256. provenance: source, its hash, exporter and
-    library versions, date. default_size: (height, width) pixels.
+    library versions, date. default_size: (height, width) pixels. low_res_scheduler, max_noise_level: of an upscaler,
+    the schedule of the noise in its low-resolution input and the highest level of it. zero_negative: without a negative
+    prompt the text is zeros, not that of the empty prompt.
     """
 
     family: str
@@ -108,7 +112,29 @@ class Manifest:
     files: Mapping[str, str]
     provenance: Mapping[str, Any]
     extra_channels: tuple[ExtraChannels, ...] = ()
+    low_res_scheduler: Mapping[str, Any] | None = None
+    max_noise_level: int = 0
+    zero_negative: bool = False
     format: int = FORMAT
+
+    @property
+    def meanings(self) -> tuple[str, ...]:
+        """What the UNet's extra input channels mean."""
+        return tuple(extra.meaning for extra in self.extra_channels)
+
+    @property
+    def time_ids(self) -> int:
+        """Numbers that the UNet takes for sizes and the like: 6 in Stable Diffusion XL, 5 in its refiner, else 0."""
+        return next((int(spec.shape[1]) for spec in self.components["unet"].inputs if spec.name == "time_ids"), 0)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the model does: `runtime/tasks.py` says what each is."""
+        if self.meanings:
+            return (TASKS[self.meanings],)
+        encodes = "vae_encoder" in self.components
+        found = ("text-to-image", "image-to-image", "inpaint", "invert") if encodes else ("text-to-image",)
+        return found if self.time_ids != 5 else found[1:]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

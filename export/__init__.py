@@ -19,11 +19,11 @@ from engines.spec import DTYPES
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
 
-FAMILIES = ("sd1", "sd2-base", "sd2-v")
+FAMILIES = ("sd1", "sd2-base", "sd2-v", "x4")
 """Architectures whose configuration ships in `export/configs`, for single-file checkpoints."""
 
-TOKENIZERS = ("tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json")
-"""Files of a bundle, for one text encoder or two."""
+TOKENIZERS = {"text_encoder": "tokenizer/tokenizer.json", "text_encoder_2": "tokenizer_2/tokenizer.json"}
+"""Text encoder → the file of its tokenizer in a bundle."""
 
 
 class ExportError(RuntimeError):
@@ -52,7 +52,8 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", f
     dtype = "fp32" if dtype == "auto" else dtype
     with publish(Path(output), force, marker=MANIFEST) as directory:
         from export.checkpoint import open_checkpoint
-        from export.component import STAGES, export_component, graphs, precision
+        from export.component import STAGES, export_component, precision
+        from export.graphs import graphs
         from export.tokenizer import save_tokenizer
 
         source = open_checkpoint(Path(checkpoint), config, tokenizer)
@@ -65,24 +66,26 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", f
             components: dict[str, Any] = {}
             for name in names:
                 components |= export_component(name, source, precision(name, source, dtype), directory, on_stage)
-        for (_, _, words), file in zip(source.texts, TOKENIZERS, strict=False):
-            save_tokenizer(words, directory / file)
+        for text in source.texts:
+            save_tokenizer(text.tokenizer, directory / TOKENIZERS[text.name])
         write_manifest(directory, _manifest(source, components, directory))
     return Bundle.open(output)
 
 
 def _manifest(source: Checkpoint, components: dict[str, Any], directory: Path) -> Manifest:
-    xl = source.text_encoder_2 is not None
     texts = tuple(
-        TextSpec(name, file, source.max_length, tokenizer.pad_token_id, "penultimate" if xl else "last",
-                 pooled="text_embeds" if name == "text_encoder_2" else "")
-        for (name, _, tokenizer), file in zip(source.texts, TOKENIZERS, strict=False))
+        TextSpec(text.name, TOKENIZERS[text.name], source.max_length, text.tokenizer.pad_token_id,
+                 "penultimate" if source.time_ids else "last",
+                 pooled="text_embeds" if text.name == "text_encoder_2" else "")
+        for text in source.texts)
     return Manifest(
         family=source.family, components=components, scheduler=source.scheduler,
         prediction_type=source.scheduler.get("prediction_type", "epsilon"),
         latent=LatentSpec(channels=source.vae["latent_channels"], scale=source.scale, shift=source.shift,
                           factor=source.factor, multiple=source.multiple),
-        text=texts, default_size=source.default_size,
+        text=texts, default_size=source.default_size, extra_channels=source.extra_channels,
+        low_res_scheduler=source.low_res_scheduler, max_noise_level=source.max_noise_level,
+        zero_negative=source.zero_negative,
         files=hash_files(directory, [text.tokenizer for text in texts]), provenance=_provenance(source))
 
 

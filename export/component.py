@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,12 @@ from engines.bundle import Check, Component, hash_files
 from engines.spec import EngineConfig, EngineError
 from export import ExportError
 from export.checkpoint import Checkpoint
-from export.graphs import GRAPHS, XL_GRAPHS, Graph
+from export.graphs import Graph, graphs
 from export.hoist import Part, hoist
 from export.trace import trace
 
 logger = logging.getLogger(__name__)
 
-COMPONENTS = tuple(GRAPHS)
-"""Of Stable Diffusion 1.x and 2.x; `graphs` says those of a checkpoint."""
 STAGES = ("load", "trace", "save", "check")
 """Of each component."""
 
@@ -36,11 +34,6 @@ SEED = 1234
 """Of the inputs that a graph is checked with."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def graphs(checkpoint: Checkpoint) -> Mapping[str, type[Graph]]:
-    """The components of a checkpoint's bundle → how each is traced."""
-    return XL_GRAPHS if checkpoint.text_encoder_2 else GRAPHS
 
 
 def precision(name: str, checkpoint: Checkpoint, dtype: str) -> str:
@@ -60,8 +53,7 @@ def export_component(name: str, checkpoint: Checkpoint, dtype: str, directory: P
     graph = _load(name, checkpoint)
     inputs = graph.example(_dims(checkpoint, check=True), SEED)
     with torch.no_grad():
-        outputs = graph(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = graph.run(inputs)
     expected = {spec.name: value.numpy() for spec, value in zip(graph.outputs, outputs, strict=True)}
 
     on_stage(f"{name}: trace")

@@ -5,7 +5,7 @@ Each graph says its inputs and outputs, in the dimension names of `engines.Engin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -36,19 +36,26 @@ class Graph(nn.Module):
         """The part of the model that this graph computes."""
         return self.model
 
+    def run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Outputs for `inputs`, in the order of the specs."""
+        outputs = self(**dict(zip([spec.name for spec in self.inputs], inputs, strict=True)))
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
     def example(self, dims: Mapping[str, int], seed: int) -> tuple[torch.Tensor, ...]:
-        """Random inputs: standard normal, token ids from the vocabulary, timesteps and sizes in [0, 1000)."""
+        """Random inputs: standard normal, token ids and labels in their range, timesteps and sizes in [0, 1000)."""
         generator = torch.Generator().manual_seed(seed)
         values = []
         for spec in self.inputs:
             shape = [d if isinstance(d, int) else dims[d] for d in spec.shape]
             if spec.name == "input_ids":
-                size = min(config["vocab_size"] for _, config, _ in self.checkpoint.texts)
+                size = min(text.config["vocab_size"] for text in self.checkpoint.texts)
                 values.append(torch.randint(size, shape, generator=generator))
+            elif spec.name == "class_labels":
+                values.append(torch.randint(self.checkpoint.unet["num_class_embeds"], shape, generator=generator))
             elif spec.name in ("timestep", "time_ids"):
                 values.append(torch.rand(shape, generator=generator) * 1000)
             else:
@@ -63,7 +70,7 @@ class TextEncoder(Graph):
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         super().__init__(model, checkpoint)
-        self.config = {name: config for name, config, _ in checkpoint.texts}[self.source]
+        self.config = {text.name: text.config for text in checkpoint.texts}[self.source]
         length, width = checkpoint.max_length, self.config["hidden_size"]
         self.inputs = (TensorSpec("input_ids", "int64", ("batch", length)),)
         self.outputs = (TensorSpec("hidden_states", "float32", ("batch", length, width)),)
@@ -101,33 +108,46 @@ class SecondXLTextEncoder(TextEncoder):
 class UNet(Graph):
     """Noisy latents, a timestep for each row, and text → the model's prediction, as `prediction_type` says.
 
-    That of Stable Diffusion XL also takes text_embeds, the pooled text, and time_ids, the six numbers of
-    `export.checkpoint.TIME_IDS`; it adds what it makes of them to the embedding of the timestep.
+    What other models are given comes as inputs of its own, too:
+    * extra channels (`Checkpoint.extra_channels`), joined to the latents in here;
+    * class_labels, the level of the noise in low_resolution (the x4 upscaler);
+    * text_embeds, the pooled text, and time_ids, the numbers of `Checkpoint.time_ids` (Stable Diffusion XL), whose
+      embedding is added to that of the timestep.
     """
 
     source = "unet"
-    invariant: ClassVar = {"text": ("encoder_hidden_states",), "time": ("timestep", "text_embeds", "time_ids")}
+    invariant: ClassVar = {"text": ("encoder_hidden_states", "class_labels", "text_embeds", "time_ids"),
+                           "time": ("timestep",)}
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         super().__init__(model, checkpoint)
-        latent = ("latent_height", "latent_width")
-        channels, width = checkpoint.unet["in_channels"], checkpoint.unet["cross_attention_dim"]
-        self.inputs = (TensorSpec("sample", "float32", ("batch", channels, *latent)),
-                       TensorSpec("timestep", "float32", ("batch",)),
-                       TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", width)))
-        if checkpoint.text_encoder_2:
-            pooled = checkpoint.text_encoder_2["projection_dim"]
-            self.inputs += (TensorSpec("text_embeds", "float32", ("batch", pooled)),
+        latent, channels = ("latent_height", "latent_width"), checkpoint.vae["latent_channels"]
+        width = checkpoint.unet["cross_attention_dim"]
+        self.inputs = (
+            TensorSpec("sample", "float32", ("batch", channels, *latent)),
+            TensorSpec("timestep", "float32", ("batch",)),
+            TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", width)),
+            *(TensorSpec(extra.meaning, "float32", ("batch", extra.channels, *latent))
+              for extra in checkpoint.extra_channels))
+        if checkpoint.unet.get("num_class_embeds"):
+            self.inputs += (TensorSpec("class_labels", "int64", ("batch",)),)
+        if checkpoint.time_ids:
+            self.inputs += (TensorSpec("text_embeds", "float32", ("batch", checkpoint.pooled_width)),
                             TensorSpec("time_ids", "float32", ("batch", checkpoint.time_ids)))
-        self.outputs = (TensorSpec("noise_pred", "float32", ("batch", checkpoint.vae["latent_channels"], *latent)),)
+        self.outputs = (TensorSpec("noise_pred", "float32", ("batch", channels, *latent)),)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,
-                text_embeds: torch.Tensor | None = None, time_ids: torch.Tensor | None = None) -> torch.Tensor:
+                mask: torch.Tensor | None = None, masked_image: torch.Tensor | None = None,
+                depth: torch.Tensor | None = None, low_resolution: torch.Tensor | None = None,
+                class_labels: torch.Tensor | None = None, text_embeds: torch.Tensor | None = None,
+                time_ids: torch.Tensor | None = None) -> torch.Tensor:
+        extra = [channels for channels in (mask, masked_image, depth, low_resolution) if channels is not None]
         added = None
         if text_embeds is not None:  # float32: in bfloat16 sizes of 1023 would be 1024, and ONNX joins one type only
             added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return self.model(sample.to(self.dtype), timestep, encoder_hidden_states.to(self.dtype),
-                          added_cond_kwargs=added, return_dict=False)[0].float()
+        joined = torch.cat([sample, *extra], dim=1) if extra else sample
+        return self.model(joined.to(self.dtype), timestep, encoder_hidden_states.to(self.dtype),
+                          class_labels=class_labels, added_cond_kwargs=added, return_dict=False)[0].float()
 
 
 class VAEDecoder(Graph):
@@ -171,8 +191,13 @@ class VAEEncoder(Graph):
         return (mean - self.checkpoint.shift) * self.checkpoint.scale, std * self.checkpoint.scale
 
 
-GRAPHS: Mapping[str, type[Graph]] = {
-    "text_encoder": TextEncoder, "unet": UNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}
-XL_GRAPHS: Mapping[str, type[Graph]] = {
-    "text_encoder": FirstXLTextEncoder, "text_encoder_2": SecondXLTextEncoder,
-    "unet": UNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}
+TEXT_GRAPHS: Mapping[tuple[str, bool], type[Graph]] = {
+    ("text_encoder", False): TextEncoder, ("text_encoder", True): FirstXLTextEncoder,
+    ("text_encoder_2", True): SecondXLTextEncoder}
+"""By name, and whether it is one of Stable Diffusion XL."""
+
+
+def graphs(checkpoint: Checkpoint) -> dict[str, type[Graph]]:
+    """The components of a checkpoint's bundle → how each is traced."""
+    texts = {text.name: TEXT_GRAPHS[text.name, checkpoint.time_ids > 0] for text in checkpoint.texts}
+    return {**texts, "unet": UNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}

@@ -56,12 +56,15 @@ def hoist(whole: Path, invariant: Mapping[str, Collection[str]], inputs: Sequenc
     parts: dict[str, Part] = {}
     for part, values in cut.items():
         graph = ir.convenience.extract(model.graph, model.graph.inputs, values)
+        _read_sizes_of(graph, [given[name] for name in invariant[part] if name in given])
         _end_in_float32(graph)
         read = _save(graph, model, whole, part, given)
         parts[part] = Part(read, tuple(_spec(value, given) for value in graph.outputs), count_sites(graph))
         given |= {spec.name: spec for spec in parts[part].outputs}
     values = [value for part in cut.values() for value in part]
+    elsewhere = {name for names in invariant.values() for name in names}
     graph = ir.convenience.extract(model.graph, [*model.graph.inputs, *values], model.graph.outputs)
+    _read_sizes_of(graph, [given[str(value.name)] for value in graph.inputs if str(value.name) not in elsewhere])
     _start_from_float32(graph, {value.name for value in values})
     parts["body"] = Part(_save(graph, model, whole, "body", given), tuple(outputs), count_sites(graph))
     return parts
@@ -122,18 +125,35 @@ def _start_from_float32(graph: ir.Graph, names: Collection[str | None]) -> None:
 
 
 def _spec(value: ir.Value, given: Mapping[str, TensorSpec]) -> TensorSpec:
-    dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
+    dims = _dims(value)
     known = {d for spec in given.values() for d in spec.shape}
     if unknown := [d for d in dims if isinstance(d, str) and d not in known]:
         raise ExportError(f"{value.name}: got dimensions {unknown} handed to the body, expected those of the inputs")
     return TensorSpec(str(value.name), "float32", dims)
 
 
+def _read_sizes_of(graph: ir.Graph, specs: Sequence[TensorSpec]) -> None:
+    """Read every size of the first of the inputs `specs` that has it: the batch is that of the text and the sample."""
+    dims = {str(value.name): value for value in graph.inputs}
+    places = {dim: (dims[spec.name], at) for spec in reversed(specs) for at, dim in enumerate(spec.shape)}
+    for node in graph:
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 0)
+        if node.op_type == "Shape" and node.inputs[0] in dims.values() and end == start + 1:
+            value, at = places[_dims(node.inputs[0])[start]]
+            node.replace_input_with(0, value)
+            node.attributes["start"], node.attributes["end"] = ir.AttrInt64("start", at), ir.AttrInt64("end", at + 1)
+
+
+def _dims(value: ir.Value) -> tuple[int | str, ...]:
+    return tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
+
+
 def _frontier(graph: ir.Graph, names: Collection[str]) -> list[ir.Value]:
     """The last values that are computed from the inputs `names` alone."""
     read: dict[ir.Value | None, frozenset[str]] = {value: frozenset([str(value.name)]) for value in graph.inputs}
     for node in graph:
-        found = frozenset[str]().union(*(read.get(value, frozenset()) for value in node.inputs))
+        of = () if node.op_type == "Shape" else node.inputs  # every graph can read its sizes of an input of its own
+        found = frozenset[str]().union(*(read.get(value, frozenset()) for value in of))
         read |= dict.fromkeys(node.outputs, found)
     moved: set[ir.Node] = set()
     for node in reversed(graph):

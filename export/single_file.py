@@ -14,7 +14,7 @@ import torch
 from transformers import CLIPTextConfig
 
 from export import FAMILIES, ExportError
-from export.checkpoint import MODELS, Checkpoint, read_configs, read_json, require_keys
+from export.checkpoint import MODELS, Checkpoint, Text, read_configs, read_json, require_keys
 from export.convert import PREFIXES, convert
 from export.tokenizer import clip_tokenizer, load_tokenizer
 from export.weights import StateDict
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
 
 _CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-_TEXT_KEYS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+_TEXT_KEYS = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 _SD2_BASE_STEPS = 875_000  # of the published 512-base-ema.ckpt
 _OTHERS = {"conditioner.embedders.": "Stable Diffusion XL", "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
            "double_blocks.": "FLUX", "control_model.": "a ControlNet", "lora_": "a LoRA"}
@@ -40,12 +40,15 @@ def open_single_file(path: Path, config: str | Path | None, tokenizer: str | Pat
                           "supported as a diffusers folder")
     configs, words = _configuration(path, state, config)
     configs["unet"] = {**configs["unet"], "in_channels": state[_CONV_IN].shape[1]}
+    words = load_tokenizer(Path(tokenizer)) if tokenizer else words
 
     def load(name: str) -> torch.nn.Module:
         return _load(f"{path}: {name}", name, configs[name], convert(state, name, configs[name]))
 
-    return Checkpoint(name=path.name, root=path.parent, weights=(path,), **configs, load=load,
-                      tokenizer=load_tokenizer(Path(tokenizer)) if tokenizer else words)
+    return Checkpoint(
+        name=path.name, root=path.parent, weights=(path,), unet=configs["unet"], vae=configs["vae"],
+        texts=(Text("text_encoder", configs["text_encoder"], words),), scheduler=configs["scheduler"], load=load,
+        low_res_scheduler=configs.get("low_res_scheduler"), max_noise_level=configs.get("max_noise_level", 0))
 
 
 def _configuration(path: Path, state: StateDict, config: str | Path | None) -> tuple[dict[str, Any], Any]:
@@ -53,7 +56,7 @@ def _configuration(path: Path, state: StateDict, config: str | Path | None) -> t
     if config is not None and str(config) not in FAMILIES:
         if not Path(config).is_dir():
             raise ExportError(f"config: got {str(config)!r}, expected {', '.join(FAMILIES)} or a diffusers folder")
-        return read_configs(Path(config)), load_tokenizer(Path(config) / "tokenizer")
+        return read_configs(Path(config), PREFIXES), load_tokenizer(Path(config) / "tokenizer")
     family = str(config) if config is not None else _family(path, state)
     configs = read_json(CONFIGS / f"{family}.json")
     return configs, clip_tokenizer(configs.pop("pad_token"))
@@ -65,11 +68,16 @@ def _family(path: Path, state: StateDict) -> str:
         raise ExportError(f"{path}: no weight named {_TEXT_KEYS}; pass --config DIR, a diffusers folder of the same "
                           "architecture")
     width = state[_TEXT_KEYS].shape[1]
+    channels = state[_CONV_IN].shape[1]
+    if channels == 7 and width == 1024:
+        return "x4"
     if width == 768:
         return "sd1"
     if width != 1024:
         raise ExportError(f"{path}: got a UNet for text of width {width}, expected 768 (Stable Diffusion 1.x) or 1024 "
                           "(2.x); pass --config DIR, a diffusers folder of the same architecture")
+    if channels != 4:  # inpainting and depth models were trained from 512-base
+        return "sd2-base"
     family = "sd2-base" if state.global_step == _SD2_BASE_STEPS else "sd2-v"
     predicts, other = ("epsilon", "sd2-v") if family == "sd2-base" else ("v", "sd2-base")
     logger.warning("%s: taken for %s (%s prediction), which the weights do not say; if pictures are noise, "

@@ -35,14 +35,14 @@ def trace(graph: Graph, dims: Mapping[str, int]) -> tuple[ir.Model, dict[str, in
     Weights keep PyTorch's names and layout, so that a LoRA or a refit finds them. Raises ExportError where the exporter
     fails, or an operator of SITES is not one node for each module that computes it.
     """
-    inputs = graph.example(dims, seed=0)
+    inputs = dict(zip([spec.name for spec in graph.inputs], graph.example(dims, seed=0), strict=True))
     shapes = {spec.name: {i: name for i, name in enumerate(spec.shape) if isinstance(name, str)}
               for spec in graph.inputs}
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                graph, inputs, dynamo=True, opset_version=OPSET, optimize=False, verbose=False, dynamic_shapes=shapes,
-                input_names=[spec.name for spec in graph.inputs], output_names=[spec.name for spec in graph.outputs])
+                graph, kwargs=inputs, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                dynamic_shapes=shapes, input_names=list(inputs), output_names=[spec.name for spec in graph.outputs])
         except torch.onnx.OnnxExporterError as e:
             raise ExportError(f"{graph.source}: PyTorch could not trace it to ONNX: {e}") from e
         model = program.model

@@ -15,7 +15,8 @@ from engines import Bundle
 from engines.choice import choose
 from engines.interrupt import interruptible
 from engines.options import picture_size
-from runtime import EngineError, Pipeline, Request, Result, images
+from runtime import EngineError, Lora, Pipeline, Request, Result, images, tasks
+from runtime.request import BLENDS, ENCODINGS, TASKS
 from runtime.schedulers import names
 
 EXAMPLES = """\
@@ -24,6 +25,9 @@ examples:
   python -m runtime sd15.bundle "a lighthouse" --scheduler dpm++_2m_karras --steps 20 --size 512x768 --count 4
   python -m runtime sd15.bundle "a red fox" "a grey wolf" --negative "blurry" -o animals.png
   python -m runtime sd15.bundle --from astronaut.png -o again.png      the same picture again
+  python -m runtime sd15.bundle "an oil painting of a fox" --image fox.jpg --strength 0.6 -o painting.png
+  python -m runtime sd15.bundle "a cat on a bench" --image bench.png --mask white-is-repainted.png -o cat.png
+  python -m runtime x4.bundle "a white cat" --upscale small.png -o large.png
 """
 
 
@@ -46,12 +50,14 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     requests = _requests(args)
     targets = _targets(args, requests)
-    size = next(((r.height, r.width) for r in requests if r.height and r.width), None)
     bundle = Bundle.open(args.bundle)
+    first = tasks.resolve(requests[0], bundle.manifest, bundle.manifest.default_size)
+    assert first.height and first.width
+    size = first.height, first.width
     choice = choose(args.backend, args.dtype, args.device, bundle=bundle, size=size, batch=args.batch,
                     threads=args.threads)
     if args.rebuild:
-        engines.build_all(bundle, choice.backend, sizes=[size] if size else (), batches=[args.batch],
+        engines.build_all(bundle, choice.backend, sizes=[size], batches=[args.batch],
                           dtype=choice.dtype, device=choice.device, threads=args.threads, rebuild=True)
     pipe = Pipeline.load(args.bundle, choice.backend, dtype=choice.dtype, device=choice.device, size=size,
                          batch=args.batch, threads=args.threads, eager=args.eager, progress=not args.quiet)
@@ -75,6 +81,10 @@ def _requests(args: argparse.Namespace) -> list[Request]:
                if name in {f.name for f in dataclasses.fields(Request)} and value is not None}
     if args.size:
         changes["height"], changes["width"] = args.size
+    if args.loras and args.loose_loras:
+        changes["loras"] = [dataclasses.replace(lora, strict=False) for lora in args.loras]
+    if args.upscale:
+        changes |= {"image": args.upscale, "task": "upscale"}
     if args.source:
         start = Request.from_json(images.metadata(args.source)["request"])
         prompts = args.prompt or [start.prompt]
@@ -131,7 +141,35 @@ def _parser() -> argparse.ArgumentParser:
         help="the solver's timesteps, highest first, instead of --steps")
     add("--seed", type=int, metavar="N", help="0 to 2**64-1; image i uses seed + i (default: drawn and printed)")
     add("--count", type=int, metavar="N", help="images per prompt (default 1)")
+    add("--lora", dest="loras", action="append", type=_lora, metavar="FILE[:SCALE]", help="a LoRA in .safetensors, as "
+        "style.safetensors:0.7; several may be given")
+    add("--loose-loras", action="store_true", help="leave out those parts of a LoRA that fit no weight of the model")
     add("--size", type=picture_size, metavar="HxW", help="pixels, height first (default: the model's own)")
+    picture = parser.add_argument_group("pictures to begin with", "The model says what it can do with them: python -m "
+                                        "engines inspect BUNDLE.")
+    add = picture.add_argument
+    add("--image", metavar="FILE", help="begin with this picture, of its own size unless --size says another")
+    add("--strength", type=float, metavar="S", help="0 to 1: how much of the picture is drawn anew (default 0.8; 1 for "
+        "models made for inpainting; 0.3 for Stable Diffusion XL)")
+    add("--mask", metavar="FILE", help="paint only where this picture is white")
+    add("--blend", choices=BLENDS, help="how other models keep the rest of the picture: noised as after the last step, "
+        "as before the next, or anew before every step (default current)")
+    add("--paste", action="store_const", const=True, help="put the picture's own pixels back where the mask is black")
+    add("--encoding", choices=ENCODINGS, help="begin with a sample of the picture's latents (default), or the mean")
+    add("--depth", metavar="FILE", help="depth map, for models that take one")
+    add("--upscale", metavar="FILE", help="enlarge this picture four times, with an upscaling model")
+    add("--noise-level", type=int, metavar="N", help="noise in the picture that is enlarged (default 20)")
+    add("--task", choices=TASKS, help="refuse to do another (default: what the pictures given say)")
+    xl = parser.add_argument_group("Stable Diffusion XL")
+    add = xl.add_argument
+    add("--original-size", type=picture_size, metavar="HxW", help="of the picture that this is like (default: its own)")
+    add("--crop", type=_corner, metavar="TOP,LEFT", help="where this was cut out of it (default 0,0)")
+    add("--target-size", type=picture_size, metavar="HxW", help="size that is aimed at (default: its own)")
+    add("--aesthetic-score", type=float, metavar="A", help="of the refiner (default 6)")
+    add("--negative-aesthetic-score", type=float, metavar="A", help="of the refiner (default 2.5)")
+    add("--denoising-start", type=float, metavar="F", help="0 to 1: leave out the schedule until here; of the refiner")
+    add("--denoising-end", type=float, metavar="F", help="0 to 1: leave out the schedule from here on; of the base")
+    add = parser.add_argument
     add("--from", dest="source", type=Path, metavar="FILE.png", help="repeat the request stored in a picture; "
         "options given here change it")
     add("-o", "--output", dest="target", type=Path, default=Path("latentrt.png"), metavar="FILE",
@@ -150,6 +188,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="no progress bars")
     add("-v", "--verbose", action="store_true", help="log what is loaded and built; tracebacks for errors")
     return parser
+
+
+def _lora(text: str) -> Lora:
+    try:
+        return Lora.parse(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def _corner(text: str) -> tuple[int, int]:
+    top, comma, left = text.partition(",")
+    if not (comma and top.isdigit() and left.isdigit()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected TOP,LEFT in pixels such as 0,128")
+    return int(top), int(left)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,23 @@ from runtime.slots import Slots
 class Job:
     """One image on its way through the sampler.
 
-    text: what the UNet reads besides that stays, by input name, float32 [2, …], negative prompt first. time: what it
-    reads of the timestep, float32 [rows of `table`, …]. state: float32 [1 + memory, C, h, w], the sample first. row:
-    next row of `table`. cancelled: set when the user's callback asked for it.
+    fixed: what the UNet reads besides that stays, by input name, [2, …], negative prompt first. time: what it reads of
+    the timestep, float32 [rows of `table`, …]. state: float32 [1 + memory, C, h, w], the sample first. known: what is
+    blended in after every step, float32 [3, C, h, w]: clean latents, their noise, and the share that is kept. renewed:
+    its noise is drawn anew for every step, and it is left out after the last. row: next row of `table`. cancelled: set
+    when the user's callback asked for it.
     """
 
     request: Request
     request_index: int
     image: int
-    text: Mapping[str, np.ndarray]
+    fixed: Mapping[str, np.ndarray]
     time: Mapping[str, np.ndarray]
     table: Table
     noise: Generator
     state: np.ndarray
+    known: np.ndarray | None = None
+    renewed: bool = False
     row: int = 0
     cancelled: bool = field(default=False)
 

@@ -80,6 +80,14 @@ class Lora:
         return self.scale if model == "unet" or self.text_scale is None else self.text_scale
 
 
+def as_loras(value: Any) -> tuple[Lora, ...]:
+    """From a list of LoRAs, paths, or what `Lora.to_json` gives. Raises ValueError for anything else."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"loras: got {value!r}, expected a list of them, as [Lora('style.safetensors', 0.7)]")
+    return tuple(lora if isinstance(lora, Lora) else Lora.from_json(lora) if isinstance(lora, Mapping) else Lora(lora)
+                 for lora in value)
+
+
 @dataclass(frozen=True)
 class _Applied:
     """What an engine has: LoRAs and their files (None while that is not known), and weights that are not the base's."""

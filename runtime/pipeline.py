@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,19 +21,23 @@ from engines.choice import choose
 from engines.gpu import gpus
 from engines.runtime_kernels import runtime_kernels
 from kernels.artefact import KernelError
+from runtime import pictures
 from runtime.buffers import BoundEngine
 from runtime.decode import Decoder
 from runtime.denoise import Job, denoise
 from runtime.device import Cuda, Device
+from runtime.encode import TextEncoders
 from runtime.host import Host
 from runtime.lora import Lora, Loras
 from runtime.request import Request, Step
 from runtime.slots import Capacity, Slots
-from runtime.tasks import table_of, text_to_image
-from runtime.text import PromptTokenizer
-from runtime.unet import UNet
+from runtime.tasks import Encoded, Model, blank, jobs, paste, resolve, table_of
+from runtime.unet import Inputs, UNet
 
 logger = logging.getLogger(__name__)
+
+SafetyChecker = Callable[[Image.Image], Image.Image | None]
+DepthEstimator = Callable[[Image.Image], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Result:
 
     request: as it was run, with size and seed filled in. images: PIL, empty for output="latent" or when cancelled.
     latents: float32 [count, C, h, w] before decoding. timings: seconds in "text", "denoise", "decode" and "total" of
-    the call (requests of one call share them). cancelled: on_step returned False.
+    the call (requests of one call share them). cancelled: on_step returned False. withheld: images that the safety
+    checker kept back, which are black.
     """
 
     request: Request
@@ -51,6 +55,7 @@ class Result:
     latents: np.ndarray
     timings: dict[str, float]
     cancelled: bool = False
+    withheld: tuple[int, ...] = ()
 
     def request_of(self, image: int) -> Request:
         """The request that makes just this image again."""
@@ -67,7 +72,8 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, *, backend: str, dtype: str, device: str, size: tuple[int, int], batch: int,
-                 threads: int, eager: bool, progress: bool) -> None:
+                 threads: int, eager: bool, progress: bool, safety_checker: SafetyChecker | None,
+                 depth_estimator: DepthEstimator | None) -> None:
         self.bundle = bundle
         self.backend = backend
         self.dtype = dtype
@@ -77,6 +83,7 @@ class Pipeline:
         self._threads = threads
         self.load_seconds = 0.0
         self._progress = progress
+        self._safety_checker, self._depth_estimator = safety_checker, depth_estimator
         self._host, self._eager = Host(), eager
         self._gpus: dict[int, Cuda] = {}
         self._engines: dict[tuple[str, int, int, int], BoundEngine] = {}
@@ -84,24 +91,27 @@ class Pipeline:
         self._slots: dict[tuple[Any, ...], Slots] = {}
         self._unet = UNet(bundle, self._engine, engines.in_parts(bundle, backend))
         self._loras = Loras(bundle)
-        self._tokenizers = [PromptTokenizer(bundle.path, spec) for spec in bundle.manifest.text]
+        self._texts = TextEncoders(bundle, self._engine)
+        self._model = Model(bundle.manifest, self._unet, self._encode_picture)
 
     @classmethod
     def load(cls, path: str | Path, backend: str = "auto", *, dtype: str = "auto", device: str = "auto",
              size: tuple[int, int] | None = None, batch: int = 1, threads: int = 0, eager: bool = False,
-             progress: bool = True) -> Pipeline:
+             progress: bool = True, safety_checker: SafetyChecker | None = None,
+             depth_estimator: DepthEstimator | None = None) -> Pipeline:
         """Open a bundle and load its engines (building those that are not there yet).
 
         path: the bundle. backend: a name of `engines.BACKENDS`, or "auto". dtype: "fp32", "fp16", "bf16", or "auto"
         for the fastest that the backend runs well here; a GPU runs the graph's own. device: "cpu", "cuda:0", or "auto"
         for the one that the backend is for. size: (height, width) pixels; the model's own by default. batch: images
         denoised together. threads: CPU threads, 0 for all cores. eager: no CUDA graphs. progress: bars on a terminal.
+        safety_checker: sees every finished picture, and returns it or another, or None to withhold it. depth_estimator:
+        gives a depth map, [H, W] in any unit, of the picture of a request that has none but needs one.
 
         Raises EngineError for a bundle or engine that cannot be used, ValueError for a size or batch that cannot be.
         """
         start = time.perf_counter()
         bundle = Bundle.open(path)
-        _require_one_text(bundle)
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: got {batch!r}, expected a whole number of at least 1")
         size = size or bundle.manifest.default_size
@@ -114,10 +124,13 @@ class Pipeline:
                               f"export the checkpoint with --dtype {dtype}")
         bundle.verify(bundle.manifest.files)
         pipe = cls(bundle, backend=backend, dtype=dtype, device=device, size=size, batch=batch, threads=threads,
-                   eager=eager, progress=progress)
-        with pipe._bar(total=3, desc="load", unit="engine") as bar:
-            for load in (lambda: pipe._engine("text_encoder", 2), lambda: pipe._unet.load(size, 2 * batch),
-                         lambda: pipe._engine("vae_decoder", 1, *size)):
+                   eager=eager, progress=progress, safety_checker=safety_checker, depth_estimator=depth_estimator)
+        loads = [pipe._texts.load, lambda: pipe._unet.load(size, 2 * batch),
+                 lambda: pipe._engine("vae_decoder", 1, *size)]
+        if not {"text-to-image", "upscale"} & set(bundle.manifest.tasks):
+            loads.append(lambda: pipe._engine("vae_encoder", 1, *size))
+        with pipe._bar(total=len(loads), desc="load", unit="engine") as bar:
+            for load in loads:
                 load()
                 bar.update()
             if pipe._unet.step(size, 2 * batch).device.captures:
@@ -156,28 +169,20 @@ class Pipeline:
         """Requests of the LoRAs in use, as one batch."""
         start = time.perf_counter()
         texts = self.encode([prompt for r in requests for prompt in (r.negative_prompt, r.prompt)])
-        pairs = texts.reshape(len(requests), 2, *texts.shape[1:])
+        pairs = [{name: values[2 * i:2 * i + 2] for name, values in texts.items()} for i in range(len(requests))]
         encoded = time.perf_counter()
-        jobs = self._denoise(requests, pairs)
+        drawn = self._denoise(requests, pairs)
         denoised = time.perf_counter()
-        images = self._decode_jobs(requests, jobs)
+        images, withheld = self._finish(requests, drawn)
         end = time.perf_counter()
         timings = {"text": encoded - start, "denoise": denoised - encoded, "decode": end - denoised,
                    "total": end - start}
-        return [Result(r, tuple(images[i]), np.stack([j.latents for j in jobs[i]]), timings,
-                       any(j.cancelled for j in jobs[i])) for i, r in enumerate(requests)]
+        return [Result(r, tuple(images[i]), np.stack([j.latents for j in drawn[i]]), timings,
+                       any(j.cancelled for j in drawn[i]), tuple(withheld[i])) for i, r in enumerate(requests)]
 
-    def encode(self, prompts: Sequence[str]) -> np.ndarray:
-        """Text encoder output for one prompt or more, float32 [n, tokens, width]; distinct prompts are encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        encoder = self._engine("text_encoder", 2)
-        tokenize = self._tokenizers[0]
-        encoded: dict[str, np.ndarray] = {}
-        for i in range(0, len(distinct), 2):
-            pair = (distinct[i:i + 2] * 2)[:2]  # the last of an odd number takes both rows
-            states = encoder(input_ids=np.stack([tokenize(p) for p in pair]))["hidden_states"]
-            encoded.update(zip(pair, states, strict=True))
-        return np.stack([encoded[p] for p in prompts])
+    def encode(self, prompts: Sequence[str | None]) -> dict[str, np.ndarray]:
+        """What the UNet is told of one prompt or more, float32 [n, …] by its inputs: see `TextEncoders`."""
+        return self._texts(prompts)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents float32 [n, C, h, w] to pictures float32 [n, height, width, 3] in [0, 1]."""
@@ -186,21 +191,21 @@ class Pipeline:
         images = [decoder(latents=latent[None])["image"][0].transpose(1, 2, 0) * 0.5 + 0.5 for latent in latents]
         return np.stack(images).clip(0.0, 1.0)
 
-    def _denoise(self, requests: list[Request], texts: np.ndarray) -> list[list[Job]]:
+    def _denoise(self, requests: list[Request], texts: Sequence[Inputs]) -> list[list[Job]]:
         """Run every image of every request to its last step; sizes in turn, for a static shape holds one size."""
-        jobs: list[list[Job]] = [[] for _ in requests]
-        for job in text_to_image(requests, list(texts), self.bundle.manifest, self._unet):
-            jobs[job.request_index].append(job)
+        drawn: list[list[Job]] = [[] for _ in requests]
+        for job in jobs(requests, texts, self._model):
+            drawn[job.request_index].append(job)
         sizes = dict.fromkeys(_size(r) for r in requests)
-        evaluations = sum(job.table.rows for group in jobs for job in group)
+        evaluations = sum(job.table.rows for group in drawn for job in group)
         with self._bar(total=evaluations, desc="denoise", unit="step") as bar:
             for size in sizes:
-                group = [j for r, images in zip(requests, jobs, strict=True) if _size(r) == size for j in images]
+                group = [j for r, images in zip(requests, drawn, strict=True) if _size(r) == size for j in images]
                 denoise(partial(self._unet.step, size), self._slots_for(size, group), group,
-                        self._after_step(jobs, bar))
-        return jobs
+                        self._after_step(drawn, bar))
+        return drawn
 
-    def _after_step(self, jobs: list[list[Job]], bar: tqdm) -> Callable[[Job], None]:
+    def _after_step(self, drawn: list[list[Job]], bar: tqdm) -> Callable[[Job], None]:
         def after_step(job: Job) -> None:
             bar.update()
             callback = job.request.on_step
@@ -208,19 +213,34 @@ class Pipeline:
                 step = Step(job.image, job.row, job.table.rows, float(job.table.timesteps[job.row - 1]), job.latents,
                             lambda: self._picture(job.latents))
                 if callback(step) is False:
-                    for sibling in jobs[job.request_index]:
+                    for sibling in drawn[job.request_index]:
                         sibling.cancelled = True
         return after_step
 
-    def _decode_jobs(self, requests: list[Request], jobs: list[list[Job]]) -> list[list[Image.Image]]:
+    def _finish(self, requests: list[Request],
+                drawn: list[list[Job]]) -> tuple[list[list[Image.Image]], list[list[int]]]:
+        """The pictures of every request, and which of them were withheld."""
         images: list[list[Image.Image]] = [[] for _ in requests]
-        wanted = [j for r, group in zip(requests, jobs, strict=True) if r.output == "image" for j in group
+        withheld: list[list[int]] = [[] for _ in requests]
+        wanted = [(r, j) for r, group in zip(requests, drawn, strict=True) if r.output == "image" for j in group
                   if not j.cancelled]
         with self._bar(total=len(wanted), desc="decode", unit="image") as bar:
-            for job in wanted:
-                images[job.request_index].append(self._picture(job.latents))
+            for request, job in wanted:
+                image = self._picture(job.latents)
+                if request.paste:
+                    image = paste(request, image)
+                if self._safety_checker is not None and (passed := self._safety_checker(image)) is not image:
+                    if passed is None:
+                        withheld[job.request_index].append(job.image)
+                    image = passed or Image.new("RGB", image.size)
+                images[job.request_index].append(image)
                 bar.update()
-        return images
+        return images, withheld
+
+    def _encode_picture(self, image: np.ndarray) -> Encoded:
+        """float32 [3, height, width] in [-1, 1] to its latents."""
+        return Encoded(**{name: value[0] for name, value in
+                          self._engine("vae_encoder", 1, *image.shape[1:])(image=image[None]).items()})
 
     def _picture(self, latents: np.ndarray) -> Image.Image:
         """Latents float32 [C, h, w] decoded to a picture where the decoder runs."""
@@ -247,7 +267,7 @@ class Pipeline:
         progress, self._progress = self._progress, False
         try:
             for _ in range(2):
-                self(Request("", steps=4, seed=0))
+                self(blank(self.bundle.manifest, self.size))
         finally:
             self._progress = progress
 
@@ -280,13 +300,16 @@ class Pipeline:
         """Fill in size and seed, and refuse what this model cannot do."""
         if not isinstance(request, Request):
             raise ValueError(f"request: got {type(request).__name__}, expected a Request or a list of them")
-        height, width = request.height or self.size[0], request.width or self.size[1]
+        manifest = self.bundle.manifest
+        if self._depth_estimator and "depth" in manifest.meanings and request.depth is None:
+            depth = self._depth_estimator(pictures.read(request.image, "image"))
+            request = dataclasses.replace(request, depth=np.asarray(depth, np.float32))
+        request = resolve(request, manifest, self.size)
+        height, width = _size(request)
         self.bundle.check_size(height, width)
-        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        request = dataclasses.replace(request, height=height, width=width, seed=seed)
-        table_of(request, self.bundle.manifest)
+        table_of(request, manifest)
         self._loras.check(request.loras)
-        latent = self.bundle.manifest.latent
+        latent = manifest.latent
         shape = (latent.channels, height // latent.factor, width // latent.factor)
         if request.latents is not None and request.latents.shape[1:] != shape:
             raise ValueError(f"latents: got {request.latents.shape[1:]} an image, expected {shape} "
@@ -295,15 +318,6 @@ class Pipeline:
 
     def _bar(self, total: int, desc: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=desc, unit=unit, disable=None if self._progress else True, leave=False)
-
-
-def _require_one_text(bundle: Bundle) -> None:
-    """Raise EngineError for a UNet that takes more than the hidden states of one text encoder."""
-    texts = bundle.manifest.text
-    if len(texts) != 1 or texts[0].pooled:
-        raise EngineError(f"{bundle.path}: got a {bundle.manifest.family} model, whose UNet takes pooled text, picture "
-                          f"sizes and the text of {len(texts)} encoders; expected Stable Diffusion 1.x or 2.x. Draw "
-                          "with one of those: this version exports, builds and measures Stable Diffusion XL only")
 
 
 def _size(request: Request) -> tuple[int, int]:

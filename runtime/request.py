@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from runtime.lora import Lora
+from runtime import checks
+from runtime.lora import Lora, as_loras
 
+TASKS = ("text-to-image", "image-to-image", "inpaint", "depth-to-image", "upscale", "invert")
 OUTPUTS = ("image", "latent")
+BLENDS = ("current", "next", "before")
+ENCODINGS = ("sample", "mean")
 MAX_SEED = 2**64 - 1
+PICTURES = ("image", "mask", "depth")
+"""Fields that hold pictures: the file they come from is stored with a request, what is given by hand is not."""
+NOT_STORED = (*PICTURES, "latents")
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,10 @@ class Step:
 class Request:
     """One prompt and everything that shapes its pictures.
 
-    prompt, negative_prompt: text; tokens past the encoder's length are dropped with a warning.
-    height, width: pixels; None takes the size the pipeline was loaded with.
+    prompt, negative_prompt: text; tokens past the encoder's length are dropped with a warning. None is what the model
+    takes for no negative prompt: the empty one, or zeros in Stable Diffusion XL.
+    height, width: pixels; None takes the size of `image`, rounded down to one that the model draws, or without one the
+    size the pipeline was loaded with.
     steps: solver steps. guidance: classifier-free guidance scale (arXiv 2207.12598); at 1 or below the model runs
     without it, in half the rows. guidance_rescale: phi of arXiv 2305.08891 section 3.4, 0 to 1.
     scheduler: a short name or diffusers class name (`runtime.schedulers`), None for the checkpoint's own.
@@ -49,11 +58,29 @@ class Request:
     output: "image", or "latent" to stop before decoding.
     on_step: called with a `Step` after every evaluation; returning False cancels the request.
 
+    task: one of TASKS, to be refused where the model does another; None for what the pictures say.
+    Of tasks that begin with a picture (`docs/tasks.md`), None where there is none:
+
+    image: a file, PIL image, uint8 or float [H, W, 3] array, or float32 latents [C, h, w] (one for each of `count`, if
+    there are four dimensions). strength: 0 to 1, the share of the steps that are run on it; None is the task's own.
+    mask: white is painted anew, black stays. depth: of every pixel, in any unit, as a picture or [H, W] array.
+    encoding: latents of the picture as a "sample" of what the VAE gives, or its "mean"; None for the mean to invert,
+    for a sample else.
+    blend: how a model without a mask of its own keeps what is masked: with the picture at the noise level of the step
+    just taken ("current"), of the step that follows ("next", as diffusers does today), or with new noise before every
+    step ("before", as CompVis does). paste: put the picture's own pixels back where the mask is black.
+    noise_level: of the low-resolution picture in the x4 upscaler; higher invents more.
+
+    Of Stable Diffusion XL: original_size, crop, target_size: (height, width) or (top, left) in pixels that the UNet is
+    told; by default the picture's size, (0, 0) and the picture's size. aesthetic_score, negative_aesthetic_score: of
+    the refiner. denoising_start, denoising_end: run only that part of the schedule, as a share of it; the base model
+    ends where the refiner starts, and hands it its latents.
+
     Raises ValueError for a value that cannot be.
     """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
     steps: int = 50
@@ -68,29 +95,60 @@ class Request:
     loras: tuple[Lora, ...] = ()
     output: str = "image"
     on_step: Callable[[Step], bool | None] | None = field(default=None, compare=False, repr=False)
+    task: str | None = None
+    image: Any = field(default=None, compare=False)
+    strength: float | None = None
+    mask: Any = field(default=None, compare=False)
+    depth: Any = field(default=None, compare=False)
+    encoding: str | None = None
+    blend: str = "current"
+    paste: bool = False
+    noise_level: int | None = None
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+    denoising_start: float | None = None
+    denoising_end: float | None = None
 
     def __post_init__(self) -> None:
-        _text("prompt", self.prompt)
-        _text("negative_prompt", self.negative_prompt)
+        checks.text("prompt", self.prompt)
+        if self.negative_prompt is not None:
+            checks.text("negative_prompt", self.negative_prompt)
         for name in ("height", "width"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1, 2**16)
-        _whole("steps", self.steps, 1, 10_000)
-        _whole("count", self.count, 1, 10_000)
-        _number("guidance", self.guidance, 0.0, math.inf)
-        _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        _number("eta", self.eta, 0.0, 1.0)
+                checks.whole(name, getattr(self, name), 1, 2**16)
+        checks.whole("steps", self.steps, 1, 10_000)
+        checks.whole("count", self.count, 1, 10_000)
+        checks.number("guidance", self.guidance, 0.0, math.inf)
+        for name in ("guidance_rescale", "eta", "strength", "denoising_start", "denoising_end"):
+            if getattr(self, name) is not None:
+                checks.number(name, getattr(self, name), 0.0, 1.0)
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
+            checks.number(name, getattr(self, name), 0.0, 1000.0)
         if self.seed is not None:
-            _whole("seed", self.seed, 0, MAX_SEED - self.count + 1)
+            checks.whole("seed", self.seed, 0, MAX_SEED - self.count + 1)
+        if self.noise_level is not None:
+            checks.whole("noise_level", self.noise_level, 0, 1000)
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ValueError(f"scheduler: got {self.scheduler!r}, expected a name such as 'ddim', or None")
-        if self.output not in OUTPUTS:
-            raise ValueError(f"output: got {self.output!r}, expected one of {', '.join(OUTPUTS)}")
+        if self.task is not None:
+            checks.choice("task", self.task, TASKS)
+        checks.choice("output", self.output, OUTPUTS)
+        checks.choice("blend", self.blend, BLENDS)
+        if self.encoding is not None:
+            checks.choice("encoding", self.encoding, ENCODINGS)
+        for name, low in (("original_size", 1), ("crop", 0), ("target_size", 1)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checks.pair(name, getattr(self, name), low))
+        for name in PICTURES:
+            checks.picture(name, getattr(self, name))
         if self.timesteps is not None:
-            object.__setattr__(self, "timesteps", _timesteps(self.timesteps))
+            object.__setattr__(self, "timesteps", checks.timesteps(self.timesteps))
         if self.latents is not None:
-            object.__setattr__(self, "latents", _latents(self.latents, self.count))
-        object.__setattr__(self, "loras", _loras(self.loras))
+            object.__setattr__(self, "latents", checks.latents("latents", self.latents, self.count))
+        object.__setattr__(self, "loras", as_loras(self.loras))
         if self.on_step is not None and not callable(self.on_step):
             raise ValueError(f"on_step: got {self.on_step!r}, expected a function of one Step")
 
@@ -100,13 +158,13 @@ class Request:
         return self.guidance > 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Every field that JSON can hold and is not the default; `latents` is true where some were given."""
+        """Every field that JSON can hold and is not the default; of pictures and latents given by hand, true."""
         out: dict[str, Any] = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name == "latents":
+            if f.name in NOT_STORED:
                 if value is not None:
-                    out["latents"] = True
+                    out[f.name] = str(value) if isinstance(value, (str, Path)) else True
             elif f.name == "loras":
                 if value:
                     out["loras"] = [lora.to_json() for lora in value]
@@ -116,59 +174,11 @@ class Request:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`. Raises ValueError for unknown keys, and where the latents were given by hand."""
+        """Inverse of `to_json`. Raises ValueError for unknown keys, and for what was given by hand."""
         known = {f.name for f in dataclasses.fields(cls)} - {"on_step"}
         if unknown := set(data) - known:
             raise ValueError(f"request: got unknown options {sorted(unknown)}, expected some of {sorted(known)}")
-        if "latents" in data:
-            raise ValueError("request: it started from latents given by hand, which are not stored; "
-                             "pass the same latents through the Python interface to repeat it")
+        if given := [name for name in NOT_STORED if data.get(name) is True]:
+            raise ValueError(f"request: its {' and '.join(given)} were given by hand, which are not stored; "
+                             "pass the same ones through the Python interface to repeat it")
         return cls(**data)
-
-
-def _text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        hint = "; pass a list of Requests for several prompts" if isinstance(value, (list, tuple)) else ""
-        raise ValueError(f"{name}: got {type(value).__name__}, expected a string{hint}")
-
-
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise ValueError(f"{name}: got {value!r}, expected a whole number from {low} to {high}")
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) \
-            or not math.isfinite(value) or not low <= value <= high:
-        span = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name}: got {value!r}, expected a number {span}")
-
-
-def _loras(value: Any) -> tuple[Lora, ...]:
-    """From LoRAs, paths, or what `Lora.to_json` gives."""
-    if isinstance(value, str | Lora) or not isinstance(value, Sequence):
-        raise ValueError(f"loras: got {value!r}, expected a list of them, as [Lora('style.safetensors', 0.7)]")
-    return tuple(lora if isinstance(lora, Lora) else Lora.from_json(lora) if isinstance(lora, Mapping) else Lora(lora)
-                 for lora in value)
-
-
-def _timesteps(value: Any) -> tuple[int, ...]:
-    try:
-        steps = tuple(int(t) for t in value)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"timesteps: got {value!r}, expected whole numbers, highest first") from e
-    if not steps or any(a <= b for a, b in pairwise(steps)):
-        raise ValueError(f"timesteps: got {steps}, expected whole numbers, each below the one before it")
-    return steps
-
-
-def _latents(value: Any, count: int) -> np.ndarray:
-    array = np.asarray(value, np.float32)
-    if array.ndim == 3:
-        array = np.broadcast_to(array, (count, *array.shape))
-    if array.ndim != 4 or array.shape[0] != count:
-        raise ValueError(f"latents: got shape {tuple(np.shape(value))}, expected [channels, height, width] in latents, "
-                         f"or that for each of the {count} images")
-    if not np.isfinite(array).all():
-        raise ValueError("latents: got NaN or infinite values, expected finite numbers of about unit variance")
-    return array

@@ -52,7 +52,7 @@ class Capacity:
 
 @dataclass
 class _Step:
-    """A step with the UNet of one batch size. held: whose text that UNet has, by slot."""
+    """A step with the UNet of one batch size. held: whose fixed inputs that UNet has, by slot."""
 
     key: Hashable
     enqueue: Callable[[Any], None]
@@ -96,7 +96,10 @@ class Slots:
         state[:len(job.state)] = job.state
         guidance = request.guidance if request.guided else 1.0
         self._put("state", i, state)
-        self._put("controls", i, np.array([guidance, request.guidance_rescale, 0], np.float32))
+        blend = float(job.known is not None)
+        self._put("controls", i, np.array([guidance, request.guidance_rescale, blend], np.float32))
+        if job.known is not None:
+            self._put("known", i, job.known)
         self._put("progress", i, np.array([job.row, job.table.rows, 0], np.int32))
         self.device.upload(self._arrays["table"][i][:job.table.rows], pack(job.table, memory))
         self.device.upload(self._times[i][:job.table.rows], pack_times(job.time))
@@ -121,10 +124,12 @@ class Slots:
         step = self._steps[unet] = self._steps.get(unet) or self._bind(unet)
         for i, job in active:
             if step.held[i] is not job:
-                self._put_text(unet, i, job.text)
+                self._put_fixed(unet, i, job.fixed)
                 step.held[i] = job
             if job.table.draws[job.row]:
                 self._put("noise", i, job.noise.randn(self.capacity.latent)[None])
+            if job.renewed:
+                self._renew(i, job)
         self.device.run(step.key, step.enqueue)
         self._marks.append(self.device.mark())
         if len(self._marks) > AHEAD:
@@ -158,8 +163,15 @@ class Slots:
     def _put(self, name: str, i: int, values: np.ndarray) -> None:
         self.device.upload(self._arrays[name][i], values)
 
-    def _put_text(self, unet: BoundEngine, i: int, text: Mapping[str, np.ndarray]) -> None:
+    def _put_fixed(self, unet: BoundEngine, i: int, fixed: Mapping[str, np.ndarray]) -> None:
         first = unet.buffers["sample"].shape[0] - self.count
-        for name, (negative, positive) in text.items():
-            self.device.upload(unet.buffers[name][i], negative)
-            self.device.upload(unet.buffers[name][first + i], positive)  # without guidance this is the same row
+        for name, values in fixed.items():  # without guidance both are the same row, the positive one last
+            for row, value in ((i, values[:1]), (first + i, values[1:])):
+                self.device.upload(unet.buffers[name][row:row + 1], value)
+
+    def _renew(self, i: int, job: Job) -> None:
+        """Other noise for what is blended in before the next step; nothing is, after the last."""
+        if job.row + 1 < job.table.rows:
+            self.device.upload(self._arrays["known"][i][1], job.noise.randn(self.capacity.latent))
+        else:
+            self.device.upload(self._arrays["controls"][i][2:], np.zeros(1, np.float32))

@@ -36,11 +36,13 @@ class UNet:
         """The engine that reads sample, text and time, and writes noise_pred."""
         return self._engine(self._body, rows, *size)
 
-    def text(self, states: np.ndarray) -> Inputs:
-        """Inputs of the step that stay for a whole request, [2, …] each; states: float32 [2, tokens, width]."""
-        given = {"encoder_hidden_states": states}
+    def fixed(self, given: Inputs) -> Inputs:
+        """Inputs of the step that stay for a whole request, [2, …] each, negative prompt first; given: what the model
+        takes of text and of numbers such as sizes, [2, …] each."""
         if self._parts:
-            given |= {name: value.copy() for name, value in self._engine("unet_text", 2)(**given).items()}
+            engine = self._engine("unet_text", 2)
+            found = engine(**{name: given[name] for name in engine.engine.inputs})
+            given = given | {name: value.copy() for name, value in found.items()}
         return self._wanted(given)
 
     def time(self, timesteps: np.ndarray) -> Inputs:

@@ -137,7 +137,7 @@ def mixed() -> list[Job]:
 def expected(job: Job, steps: int | None = None) -> np.ndarray:
     """The latents of one job after so many evaluations, one by one in numpy by `runtime/step.py`; `job` is used up."""
     state = job.state.copy()
-    text = job.text["text"][:, 1, 2]
+    text = job.fixed["text"][:, 1, 2]
     for i in range(job.table.rows if steps is None else steps):
         shift = job.time["timestep"][i] / 300 + job.time["features"][i, 3]
         wave = np.sin(state[0] * np.float32(job.table.input_scale[i]) + shift)

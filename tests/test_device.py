@@ -135,7 +135,7 @@ def test_a_refit_reaches_what_was_captured(device: Cuda) -> None:
     unet(2).refit({"gain": np.array(0.5, np.float32)})
     got, asked = job(0, seed=3), job(0, seed=3)
     denoise(unet, slots, [got], nothing)
-    asked.text["text"][:, 1, 2] *= 0.5
+    asked.fixed["text"][:, 1, 2] *= 0.5
     np.testing.assert_allclose(got.latents, expected(asked), rtol=0, atol=1e-4)
 
 

@@ -20,13 +20,13 @@ from benchmarks import components, given, limits, on_cpu, turns
 from benchmarks.__main__ import main
 from engines import Bundle, EngineError
 from engines.choice import choose
-from export import ExportError, export, trace
+from export import ExportError, trace
 from export.checkpoint import open_checkpoint
-from export.component import export_component, graphs, precision
+from export.component import export_component, precision
+from export.graphs import graphs
 from export.single_file import CONFIGS
 from runtime import Pipeline
 from runtime.text import PromptTokenizer
-from tests import tiny
 from tests.test_export import dims, error, rel_rms, run
 from tests.tolerances import EXPORT_REL_RMS
 
@@ -35,13 +35,13 @@ CONFIG = json.loads((CONFIGS / "sdxl.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.sdxl(tmp_path_factory.mktemp("checkpoint") / "tiny-sdxl")
+def folder(checkpoints) -> Path:
+    return checkpoints["sdxl"]
 
 
 @pytest.fixture(scope="module")
-def bundle(folder, tmp_path_factory) -> Bundle:
-    return export(folder, tmp_path_factory.mktemp("bundles") / "sdxl", progress=False)
+def bundle(bundles) -> Bundle:
+    return Bundle.open(bundles["sdxl"])
 
 
 @pytest.mark.parametrize("size", [dims(8, 8, 1, 77), dims(6, 4, 5, 30)], ids=["one-square", "five-tall"])

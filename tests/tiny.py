@@ -5,6 +5,8 @@ Each builder saves a diffusers folder at `path` and returns `path`. The same cal
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,28 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessor,
+)
 
 from export.tokenizer import BOS, EOS
 
@@ -55,6 +71,75 @@ def sd2(path: str | Path, seed: int = 1, levels: int = 4) -> Path:
     scheduler = DDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
                               steps_offset=1)
     return _save(path, unet, _vae(), _text(width=48, layers=2, act="gelu"), _tokenizer(pad="!"), scheduler)
+
+
+def _parts(base: Callable[[Path], Path]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return DiffusionPipeline.from_pretrained(base(Path(folder) / "base")).components
+
+
+def _with_channels(unet: UNet2DConditionModel, extra: int, **options: Any) -> UNet2DConditionModel:
+    """A UNet like `unet` with more input channels."""
+    return UNet2DConditionModel.from_config(unet.config, in_channels=4 + extra, **options)
+
+
+def inpainting(path: str | Path) -> Path:
+    """SD 1.x with the 9-channel UNet of the inpainting models."""
+    return _inpainting(path, sd1)
+
+
+def inpainting_2(path: str | Path) -> Path:
+    """SD 2.x with the 9-channel UNet of the inpainting models."""
+    return _inpainting(path, sd2)
+
+
+def _inpainting(path: str | Path, base: Callable[[Path], Path]) -> Path:
+    torch.manual_seed(3)
+    parts = _parts(base)
+    StableDiffusionInpaintPipeline(**{**parts, "unet": _with_channels(parts["unet"], 5)},
+                                   requires_safety_checker=False).save_pretrained(path)
+    return Path(path)
+
+
+def depth(path: str | Path) -> Path:
+    """SD 2.x with the 5-channel UNet of the depth model, and the smallest of depth estimators, which nobody calls."""
+    torch.manual_seed(4)
+    parts = _parts(sd2)
+    names = ("vae", "text_encoder", "tokenizer", "scheduler")
+    estimator = DPTForDepthEstimation(DPTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16,
+        backbone_out_indices=[0, 0, 1, 1], neck_hidden_sizes=[4, 4, 4, 4], fusion_hidden_size=4))
+    StableDiffusionDepth2ImgPipeline(
+        **{name: parts[name] for name in names}, unet=_with_channels(parts["unet"], 1), depth_estimator=estimator,
+        feature_extractor=DPTImageProcessor(size={"height": 32, "width": 32})).save_pretrained(path)
+    return Path(path)
+
+
+def upscaler(path: str | Path) -> Path:
+    """The x4 upscaler in small, with the text of SD 2.x: 7 channels, noise levels as labels, a VAE of three levels."""
+    torch.manual_seed(5)
+    parts = _parts(sd2)
+    options = {"num_class_embeds": 1000, "only_cross_attention": [True, True, True, False]}
+    betas = {**BETAS, "beta_start": 1e-4, "beta_end": 0.02}
+    StableDiffusionUpscalePipeline(
+        vae=_vae(3, scaling_factor=0.08333), text_encoder=parts["text_encoder"], tokenizer=parts["tokenizer"],
+        unet=_with_channels(parts["unet"], 3, **options), low_res_scheduler=DDPMScheduler(**betas),
+        scheduler=DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
+                                steps_offset=1), max_noise_level=350).save_pretrained(path)
+    return Path(path)
+
+
+def refiner(path: str | Path) -> Path:
+    """The refiner of SDXL: its second text encoder alone, and an aesthetic score for a target size."""
+    torch.manual_seed(6)
+    parts = _parts(sdxl)
+    unet = UNet2DConditionModel.from_config(parts["unet"].config, cross_attention_dim=48,
+                                            projection_class_embeddings_input_dim=48 + 5 * 8)
+    names = ("vae", "text_encoder_2", "tokenizer_2", "scheduler")
+    StableDiffusionXLImg2ImgPipeline(
+        **{name: parts[name] for name in names}, unet=unet, text_encoder=None, tokenizer=None,
+        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False).save_pretrained(path)
+    return Path(path)
 
 
 def sdxl(path: str | Path, seed: int = 2) -> Path:

@@ -50,6 +50,28 @@ def ddim(settings: Settings, steps: int, start: int, eta: float) -> Table:
     return Table.of(rows)
 
 
+def ddim_inversion(settings: Settings, steps: int) -> Table:
+    """DDIM run backwards, from a clean sample to the noise that it comes from (arXiv 2010.02502 §4.3).
+
+    The timesteps of `ddim`, ascending: each takes the sample from the level of the one before to its own.
+    """
+    x, _, _, _, m = columns(0)
+    signal = alphas_cumprod(settings).astype(np.float64)
+    before = 1.0 if settings["set_alpha_to_one"] else signal[0]
+    rows = []
+    for t in _timesteps(settings, steps, None)[::-1]:
+        alpha, sigma = before**0.5, (1 - before)**0.5
+        if sigma == 0 and settings["prediction_type"] == "sample":
+            raise ValueError("scheduler config set_alpha_to_one: got true with prediction_type 'sample', which says "
+                             "nothing of the noise in a clean sample, expected false; change either")
+        of_x, of_m = noise_from(settings["prediction_type"], alpha, sigma)
+        noise = of_x * x + of_m * m
+        update = signal[t]**0.5 * (x - sigma * noise) / alpha + (1 - signal[t])**0.5 * noise
+        rows.append(Row(t, (0.0, 0.0), [update], alpha, sigma))
+        before = signal[t]
+    return Table.of(rows)
+
+
 def lcm(settings: Settings, steps: int | None, timesteps: Sequence[float] | None, start: int) -> Table:
     """Multistep consistency sampling, arXiv 2310.04378 algorithm 3, with the boundary scalings of its §4.1."""
     x, p, _, noise, _ = columns(0)

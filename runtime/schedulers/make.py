@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.schedulers import discrete, dpm, pndm, sigma, unipc
 from runtime.schedulers.config import Settings, resolve
+from runtime.schedulers.schedule import alphas_cumprod
 from runtime.schedulers.table import Table
 
 _SOLVERS: dict[str, Callable[[Settings, int, int], Table]] = {
@@ -43,6 +44,26 @@ def make_table(config: Mapping[str, Any], steps: int | None, *, scheduler: str |
     # Infinite log SNR of a clean sample is part of the formulas; a table that is not finite is refused.
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return _solve(name, settings, steps, eta, timesteps, start)
+
+
+def inversion_table(config: Mapping[str, Any], steps: int) -> Table:
+    """The table that finds the noise of a clean sample: that from which DDIM in as many steps comes back to it.
+
+    config, steps: as of `make_table`; the schedule is the config's, whatever its solver. Raises ValueError likewise.
+    """
+    return discrete.ddim_inversion(resolve(config, "ddim")[1], steps)
+
+
+def signal_and_sigma(config: Mapping[str, Any], timestep: int) -> tuple[float, float]:
+    """The forward process of a schedule at one timestep: x = signal · x0 + sigma · noise.
+
+    Raises ValueError for a timestep that it does not have.
+    """
+    _, settings = resolve(config, None)
+    share = alphas_cumprod(settings)
+    if not 0 <= timestep < len(share):
+        raise ValueError(f"timestep: got {timestep}, expected 0 to {len(share) - 1}")
+    return float(share[timestep]) ** 0.5, (1 - float(share[timestep])) ** 0.5
 
 
 def _solve(name: str, settings: Settings, steps: int | None, eta: float, timesteps: Sequence[float] | None,

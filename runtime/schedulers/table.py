@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -112,3 +113,13 @@ class Table:
     def slots(self) -> int:
         """Arrays of solver memory beside the sample."""
         return self.mix.shape[1] - 1
+
+    def first(self, rows: int) -> Table:
+        """The table that ends after `rows` rows."""
+        arrays = {f.name: getattr(self, f.name)[:rows] for f in dataclasses.fields(self)
+                  if isinstance(getattr(self, f.name), np.ndarray)}
+        return dataclasses.replace(self, **arrays)
+
+    def following(self) -> Table:
+        """The table whose signal and sigma are those after a row, not before it: of the next, and at the end clean."""
+        return dataclasses.replace(self, signal=np.append(self.signal[1:], 1.0), sigma=np.append(self.sigma[1:], 0.0))
