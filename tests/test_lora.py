@@ -16,7 +16,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import save_file
 from torch import nn
 
-from engines import Bundle
+import engines
+from engines import Bundle, verify, verify_refit
 from engines.low_rank import LowRank, constant, round_to_bfloat16, widened
 from engines.onnx_file import values
 from kernels import native
@@ -146,6 +147,27 @@ def test_swaps_restore_exactly(bundles, kohya, peft, backend):
         assert result.request.loras == kinds[kind]
         np.testing.assert_array_equal(result.latents, alone[kind])
     np.testing.assert_array_equal(pipe(REQUEST).latents, alone[0])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_openvino_cuts_new_weights_where_it_cuts_the_old(bundles, dtype):
+    """Gates are products with halves of a weight; given other weights in other halves, the output would be another."""
+    if dtype not in engines.backend("openvino").dtypes():
+        pytest.skip(f"no {dtype} here")
+    bundle = Bundle.open(bundles["sd1"])
+    config = bundle.config("unet_body", backend="openvino", dtype=dtype, batch=2, height=64, width=64)
+    onnx, component = bundle.path / "unet_body.onnx", bundle.component("unet_body")
+    rng, weights = np.random.default_rng(4), {}
+    for name, base in values(onnx).items():
+        if name.endswith("ff.net.0.proj.weight"):
+            up, down = (rng.standard_normal(shape).astype(np.float32) for shape in ((len(base), 2), (2, base.shape[1])))
+            weights[name] = LowRank(base, 0.5 * up, down)
+    engine = engines.load(bundle, "unet_body", config)
+    feed = verify.inputs(engine.inputs.values(), 5)
+    before = verify.run(engine, feed)["noise_pred"].copy()
+    figures = verify_refit.compare(engine, onnx, component, config, weights, 5)
+    change = verify.run(engine, feed)["noise_pred"] - before
+    assert np.sqrt((change**2).mean() / (before**2).mean()) > 10 * figures.rel_rms
 
 
 def test_only_weights_that_differ_are_refitted(bundles, peft, kohya):
