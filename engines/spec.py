@@ -107,4 +107,7 @@ class Engine(Protocol):
         """Run on the bound buffers; may be called many times. On a CPU it returns when the outputs are written."""
 
     def refit(self, weights: Mapping[str, Weight]) -> None:
-        """Give named initializers of the ONNX graph new values. Raises EngineError for an unknown name or shape."""
+        """Give named initializers of the ONNX graph new values.
+
+        Raises EngineError for an unknown name or shape, or where it cannot be done; then nothing has changed.
+        """

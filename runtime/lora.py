@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from engines import Bundle
+from engines import Bundle, EngineError
 from engines.low_rank import LowRank, constant
 from engines.onnx_file import values
 from runtime.buffers import BoundEngine
@@ -141,9 +141,14 @@ class Loras:
             names = (before.changed | wanted) & base.keys()
         if names:
             self._applied[engine] = _Applied(None, names)
-            engine.refit({name: _with(base[name], [(lora.scale_of(model), file.pairs[model][name])
-                                                   for lora, file in self._state if name in file.pairs.get(model, ())])
-                          for name in sorted(names)})
+            active = [(lora.scale_of(model), file.pairs.get(model, {})) for lora, file in self._state]
+            weights = {name: _with(base[name], [(scale, pairs[name]) for scale, pairs in active if name in pairs])
+                       for name in sorted(names)}
+            try:
+                engine.refit(weights)
+            except EngineError:
+                self._applied[engine] = before  # as `engines.spec.Engine` promises
+                raise
         self._applied[engine] = _Applied(self._state, wanted & names)
         return engine
 

@@ -46,8 +46,8 @@ class Result:
 
     request: as it was run, with size and seed filled in. images: PIL, empty for output="latent" or when cancelled.
     latents: float32 [count, C, h, w] before decoding. timings: seconds in "text", "denoise", "decode" and "total" of
-    the call (requests of one call share them). cancelled: on_step returned False. withheld: images that the safety
-    checker kept back, which are black.
+    the call (its requests with the same LoRAs share them). cancelled: on_step returned False. withheld: images that the
+    safety checker kept back, which are black.
     """
 
     request: Request

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import engines
-from engines import Bundle, verify, verify_refit
+from engines import Bundle, EngineError, verify, verify_refit
 from engines.low_rank import LowRank, constant, round_to_bfloat16, widened
 from engines.onnx_file import values
 from kernels import native
@@ -126,6 +126,27 @@ def test_pictures_are_those_of_diffusers(reference, ours, kohya, peft, scales):
     assert np.abs(slightly - expected).max() > IMAGE_MAX  # the comparison notices a wrong scale
 
 
+def test_stable_diffusion_xl_as_kohya_writes_it(checkpoints, bundles, tmp_path):
+    """The UNet in the original layout's names, and two text encoders, of which the first ends before its last layer."""
+    reference = diffusers.StableDiffusionXLPipeline.from_pretrained(checkpoints["sdxl"], dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    names = {layer: name for name, layer in original_names(pairs(reference.unet, ".*", seed=0)).items()}
+    tensors = {}
+    for seed, (prefix, model, pattern) in enumerate((("unet", reference.unet, EVERYTHING),
+                                                     ("te1", reference.text_encoder, TEXT),
+                                                     ("te2", reference.text_encoder_2, TEXT))):
+        for name, (down, up) in pairs(model, pattern, seed).items():
+            spelled = names[name] if prefix == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+            key = f"lora_{prefix}_{spelled.replace('.', '_')}"
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": ALPHA}
+    path = tmp_path / "xl.safetensors"
+    save_file(tensors, path)
+    ours = Pipeline.load(bundles["sdxl"], "onnxruntime", size=(64, 64), progress=False)
+    found = draw(ours, Lora(str(path), 0.9))
+    assert np.abs(found - draw(ours)).max() > 10 * IMAGE_MAX
+    np.testing.assert_allclose(found, draw_reference(reference, {path: 0.9}), atol=IMAGE_MAX, rtol=0)
+
+
 def test_text_encoders_may_have_another_scale(ours, kohya, tmp_path):
     tensors = load(kohya)
     unet = write(tmp_path / "unet", {k: v for k, v in tensors.items() if "lora_unet" in k})
@@ -187,6 +208,19 @@ def test_only_weights_that_differ_are_refitted(bundles, peft, kohya):
     loras.use([Lora(str(kohya), text_scale=0.5)])
     text = loras.fit("text_encoder", Noted())
     assert len(text.calls) == 1 and all(re.fullmatch(TEXT, name.removesuffix(".weight")) for name in text.calls[0])
+
+
+def test_an_engine_that_cannot_be_refitted_stays_usable(bundles, peft):
+    class Fixed(Noted):
+        def refit(self, weights) -> None:
+            raise EngineError("this engine keeps its weights")
+
+    loras, engine = Loras(Bundle.open(bundles["sd1"])), Fixed()
+    loras.use([Lora(str(peft))])
+    with pytest.raises(EngineError, match="keeps its weights"):
+        loras.fit("unet_body", engine)
+    loras.use([])
+    assert loras.fit("unet_body", engine) is engine
 
 
 class Noted:
