@@ -38,6 +38,7 @@ from engines.bundle import Component
 from engines.cpu import describe
 from engines.gpu import gpus
 from engines.inductor_options import KERNELS, Options, check_fp8
+from engines.low_rank import Weight
 from engines.onnx_file import convert, values
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from engines.vendor import errors, importing
@@ -229,7 +230,7 @@ class InductorEngine:
         with errors("inductor could not run"):
             self._run(self._bound[0], stream, self._bound[1])
 
-    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+    def refit(self, weights: Mapping[str, Weight]) -> None:
         """See `engines.spec.Engine`. In place: what `enqueue` reads, captured or not. Nothing may be running."""
         changed = convert(self._onnx, weights)
         known = {part for weight in self._weights.values() for part in weight.names}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from engines.low_rank import Weight
 from engines.spec import EngineError
 
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
@@ -35,20 +36,25 @@ class Initializer:
     shape: tuple[int, ...]
     external: bool
 
-    def convert(self, name: str, value: np.ndarray) -> np.ndarray:
+    def convert(self, name: str, value: Weight) -> np.ndarray:
         """`value` as this weight stores it; bfloat16 as uint16, rounded to nearest even.
 
         Raises EngineError for another shape, or a value that is not floating point where the weight is.
         """
+        value = self.check(name, value)
+        if self.type == BFLOAT16:
+            bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+            return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.ascontiguousarray(value, np.float16 if self.type == FLOAT16 else np.float32)
+
+    def check(self, name: str, value: Weight) -> Weight:
+        """`value`. Raises EngineError for another shape, or where it or the weight is not of floating point."""
         if tuple(value.shape) != self.shape:
             raise EngineError(f"weight {name}: got shape {tuple(value.shape)}, expected {self.shape}")
         if self.type not in (FLOAT, FLOAT16, BFLOAT16) or value.dtype.kind != "f":
             raise EngineError(f"weight {name}: got {value.dtype} for ONNX element type {self.type}, "
                               "expected floating-point values for a floating-point weight")
-        if self.type == BFLOAT16:
-            bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
-            return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        return np.ascontiguousarray(value, np.float16 if self.type == FLOAT16 else np.float32)
+        return value
 
 
 def initializers(model: bytes) -> dict[str, Initializer]:
@@ -103,12 +109,17 @@ def _entry(message: memoryview) -> tuple[str, str]:
     return fields[1], fields[2]
 
 
-def convert(model: Path, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """New weights as the initializers of ONNX file `model` store them. Raises EngineError for a wrong name or shape."""
+def refitted(model: Path, names: Collection[str]) -> dict[str, Initializer]:
+    """The initializers `names` of ONNX file `model`. Raises EngineError for one that it does not have."""
     known = initializers(model.read_bytes())
-    if unknown := sorted(set(weights) - set(known)):
+    if unknown := sorted(set(names) - set(known)):
         raise EngineError(f"refit: got unknown weights {', '.join(unknown[:3])}, expected initializers of {model}")
-    return {name: known[name].convert(name, value) for name, value in weights.items()}
+    return {name: known[name] for name in names}
+
+
+def convert(model: Path, weights: Mapping[str, Weight]) -> dict[str, np.ndarray]:
+    """New weights as the initializers of ONNX file `model` store them. Raises EngineError for a wrong name or shape."""
+    return {name: weight.convert(name, weights[name]) for name, weight in refitted(model, weights).items()}
 
 
 def externalise(model: bytes, names: Collection[str]) -> bytes:

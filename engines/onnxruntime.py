@@ -19,6 +19,7 @@ from engines.buffers import check_array, check_names, resolve
 from engines.bundle import Component
 from engines.cpu import describe, physical_cores
 from engines.layers import Layer
+from engines.low_rank import Weight
 from engines.onnx_file import BFLOAT16, convert, externalise, initializers
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from engines.vendor import errors, importing
@@ -150,7 +151,7 @@ class OnnxRuntimeEngine:
             raise EngineError("enqueue: no buffers are bound; call bind first")
         self._session.run_with_iobinding(self._binding)
 
-    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+    def refit(self, weights: Mapping[str, Weight]) -> None:
         changed = {**self._changed, **convert(self._model, weights)}
         self._session = self._open(changed)
         self._changed = changed

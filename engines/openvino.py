@@ -12,7 +12,7 @@ sine and cosine embed it. So what leads to a sine or cosine is compiled apart, i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,25 @@ from engines.buffers import check_array, check_names, resolve
 from engines.bundle import Component
 from engines.cpu import describe
 from engines.layers import Layer
-from engines.onnx_file import convert
-from engines.openvino_passes import cut_angles, halve_gates, narrow, own_attention, own_group_norm, replace, widen
+from engines.low_rank import Weight
+from engines.onnx_file import refitted
+from engines.openvino_passes import (
+    cut_angles,
+    fold_halves,
+    halve_gates,
+    narrow,
+    own_attention,
+    own_group_norm,
+    replace,
+    widen,
+)
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from engines.vendor import errors, importing
 from kernels import native
 
 PIP = "pip install openvino"
 PRECISION = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-SOURCES = ("openvino.py", "openvino_passes.py", "onnx_file.py")
+SOURCES = ("openvino.py", "openvino_passes.py", "onnx_file.py", "low_rank.py")
 KERNELS = {"attention": ("Attention", own_attention), "norm": ("GroupNormSilu", own_group_norm)}
 """Option that chooses whose kernel → our op, and the pass that puts it in the graph."""
 
@@ -148,9 +158,9 @@ class OpenVinoEngine:
         self._dtype = component.dtype
         self._config = config
         self._counters = counters
-        self._changed: dict[str, np.ndarray] = {}
         self._buffers: dict[str, np.ndarray] = {}
-        self._requests = self._compile({})
+        self._models = self._read()  # the compiled ones hold the memory of their constants too
+        self._requests = self._start(self._models)
 
     def bind(self, buffers: Mapping[str, Any]) -> None:
         check_names(buffers, {**self.inputs, **self.outputs})
@@ -171,10 +181,16 @@ class OpenVinoEngine:
             request.start_async()
             request.wait()
 
-    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
-        changed = {**self._changed, **convert(self._onnx, weights)}
-        self._requests = self._compile(changed)
-        self._changed = changed
+    def refit(self, weights: Mapping[str, Weight]) -> None:
+        known = refitted(self._onnx, weights)
+        models = [model.clone() for model in self._models]  # which share their constants
+        with errors(f"openvino could not compile {self._onnx}"):
+            found = set[str]().union(*(replace(_vendor(), model, weights, known) for model in models))
+            if lost := sorted(set(weights) - found):
+                raise EngineError(f"refit: OpenVINO folded weight {lost[0]!r} away; use --backend onnxruntime to "
+                                  "change it")
+            requests = self._start(models)
+        self._models, self._requests = models, requests
         if self._buffers:
             self.bind(self._buffers)
 
@@ -183,13 +199,12 @@ class OpenVinoEngine:
         return [node for request in self._requests for node in request.get_profiling_info()
                 if node.status == node.Status.EXECUTED]
 
-    def _compile(self, changed: Mapping[str, np.ndarray]) -> list[Any]:
+    def _read(self) -> list[Any]:
+        """The models to compile, in the order to run: the angles, if any, and the rest. Constants keep their names."""
         ov = _vendor()
         core = ov.Core()
         with errors(f"openvino could not compile {self._onnx}"):
             model = core.read_model(self._onnx)
-            if changed:
-                replace(ov, model, changed)
             if self._dtype != "fp32":
                 widen(ov, model)
             model.reshape({name: list(spec.shape) for name, spec in self.inputs.items()})
@@ -203,13 +218,20 @@ class OpenVinoEngine:
                 halve_gates(ov, model)
                 if self._config.dtype == "bf16":
                     narrow(ov, model)
+                fold_halves(ov, model)
+        return [model] if angles is None else [angles, model]
+
+    def _start(self, models: Sequence[Any]) -> list[Any]:
+        """Requests of `models`, compiled."""
+        core = _vendor().Core()
+        with errors(f"openvino could not compile {self._onnx}"):
+            *angles, model = models
             body = core.compile_model(model, "CPU", self._properties(self._config.dtype)).create_infer_request()
-            if angles is None:
-                return [body]
-            first = core.compile_model(angles, "CPU", self._properties("fp32")).create_infer_request()
-            for port in first.get_compiled_model().outputs:
-                body.set_tensor(port.get_any_name(), first.get_tensor(port))
-            return [first, body]
+            first = [core.compile_model(m, "CPU", self._properties("fp32")).create_infer_request() for m in angles]
+            for request in first:
+                for port in request.get_compiled_model().outputs:
+                    body.set_tensor(port.get_any_name(), request.get_tensor(port))
+            return [*first, body]
 
     def _properties(self, dtype: str) -> dict[str, Any]:
         properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISION[dtype], "NUM_STREAMS": 1,

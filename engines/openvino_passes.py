@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from engines.spec import EngineError
+from engines.low_rank import LowRank, Weight, constant
+from engines.onnx_file import Initializer
 
 OWN_HEAD_DIMS = range(8, 1025, 8)
 SWAP = [0, 2, 1, 3]  # tokens and heads
-CHUNK = 1 << 16  # weights that are rounded at a time, in cache
+HALF = "#half"  # between the name of a weight and the number of its half
 
 
 def own_attention(ov: Any, model: Any, attention: Callable[..., Any]) -> int:
@@ -136,10 +137,10 @@ def narrow(ov: Any, model: Any) -> None:
             continue
         if kind == "Parameter":
             value = opset.convert(op, "bf16").output(0)
-        elif kind == "Constant":
-            value = _rounded(ov, op.get_data()).output(0)
-        elif kind == "Convert" and op.input_value(0).get_node().get_type_name() == "Constant":
-            value = _rounded(ov, _values(op.input_value(0).get_node())).output(0)
+        elif (source := _behind(op)) is not None:
+            rounded = _rounded(ov, constant(_bits(source)))
+            rounded.set_friendly_name(source.get_friendly_name())
+            value = rounded.output(0)
         elif kind == "Convert":
             value = opset.convert(op.input_value(0), "bf16").output(0)
         else:
@@ -156,24 +157,23 @@ def narrow(ov: Any, model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _values(constant: Any) -> np.ndarray:
-    """A constant in float32; numpy has no bfloat16, so OpenVINO gives its bits as float16."""
-    data = constant.get_data()
-    if constant.get_output_element_type(0).to_string() == "bf16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return data.astype(np.float32)
+def _behind(op: Any) -> Any:
+    """The constant that `op` is, or converts; else None."""
+    node = op.input_value(0).get_node() if op.get_type_name() == "Convert" else op
+    return node if node.get_type_name() == "Constant" else None
 
 
-def _rounded(ov: Any, value: np.ndarray) -> Any:
+def _rounded(ov: Any, value: LowRank) -> Any:
     """A bfloat16 constant, rounded to nearest even; what is finite stays so."""
     tensor = ov.Tensor(ov.Type.bf16, ov.Shape(list(value.shape)))
-    out, bits = tensor.data.view(np.uint16).reshape(-1), np.ascontiguousarray(value).reshape(-1).view(np.uint32)
-    for start in range(0, bits.size, CHUNK):
-        chunk = bits[start:start + CHUNK]
-        rounded = (chunk + np.uint32(0x7FFF) + ((chunk >> 16) & 1)) >> 16
-        infinite = (rounded & 0x7F80 == 0x7F80) & (chunk & 0x7F800000 != 0x7F800000)
-        out[start:start + CHUNK] = rounded - infinite
+    value.into(tensor.data.view(np.uint16))
     return ov.op.Constant(tensor)
+
+
+def _bits(constant: Any) -> np.ndarray:
+    """Values of a constant; numpy has no bfloat16, so OpenVINO gives its bits as float16, and they are uint16 here."""
+    data = constant.get_data()
+    return data.view(np.uint16) if constant.get_output_element_type(0).to_string() == "bf16" else data
 
 
 def _silu(op: Any) -> Any:
@@ -258,14 +258,56 @@ def _above(node: Any) -> list[Any]:
     return list(found.values())
 
 
-def replace(ov: Any, model: Any, weights: Mapping[str, np.ndarray]) -> None:
-    """Put new values in place of the constants that the ONNX reader named after initializers."""
-    constants = {op.get_friendly_name(): op for op in model.get_ops() if op.get_type_name() == "Constant"}
-    for name, value in weights.items():
-        if (old := constants.get(name)) is None:
-            raise EngineError(f"refit: OpenVINO folded weight {name!r} away; use --backend onnxruntime to change it")
-        new = ov.op.Constant(ov.Tensor(value, ov.Shape(value.shape), old.get_element_type()))
-        old.output(0).replace(new.output(0))
+def replace(ov: Any, model: Any, weights: Mapping[str, Weight], known: Mapping[str, Initializer]) -> set[str]:
+    """Put floating-point values in place of the constants named after initializers; returns which were found.
+
+    A constant keeps its element type: 16 bits are rounded to nearest even. `model` may have been through any of the
+    passes here. known: the initializers. Raises EngineError for values that do not fit one.
+    """
+    constants: dict[str, list[Any]] = {}
+    for op in model.get_ops():
+        if op.get_type_name() == "Constant":
+            constants.setdefault(op.get_friendly_name().partition(HALF)[0], []).append(op)
+    found = set(weights) & set(constants)
+    for name in found:
+        value = known[name].check(name, weights[name])
+        for old in constants[name]:
+            new = _like(ov, old, value if isinstance(value, LowRank) else constant(value))
+            new.set_friendly_name(old.get_friendly_name())
+            old.output(0).replace(new.output(0))
+    return found
+
+
+def _like(ov: Any, old: Any, value: LowRank) -> Any:
+    """A constant of the element type of `old`, and of its half of `value` where it is one."""
+    _, half, number = old.get_friendly_name().partition(HALF)
+    if half:
+        value = value.rows(int(number) * len(value) // 2, (int(number) + 1) * len(value) // 2)
+    if (kind := old.get_element_type().to_string()) == "bf16":
+        return _rounded(ov, value)
+    return ov.op.Constant(value.into(np.empty(value.shape, np.float16 if kind == "f16" else np.float32)))  # it copies
+
+
+def fold_halves(ov: Any, model: Any) -> int:
+    """Cut constants in two where `halve_gates` left that to every compilation; returns how many.
+
+    before   w ─▶ Split(axis 0) ─▶ …       after    w₁, w₂ ─▶ …
+    """
+    count = 0
+    for op in [op for op in model.get_ordered_ops() if op.get_type_name() == "Split" and op.get_output_size() == 2]:
+        whole = op.input_value(0).get_node()
+        if whole.get_type_name() != "Constant" or _number(op.input_value(1)) != 0:
+            continue
+        for number, half in enumerate(np.split(whole.get_data(), 2)):
+            tensor = ov.Tensor(whole.get_element_type(), ov.Shape(list(half.shape)))
+            tensor.data[...] = half
+            constant = ov.op.Constant(tensor)
+            constant.set_friendly_name(f"{whole.get_friendly_name()}{HALF}{number}")
+            op.output(number).replace(constant.output(0))
+        count += 1
+    if count:
+        model.validate_nodes_and_infer_types()
+    return count
 
 
 def widen(ov: Any, model: Any) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from engines.low_rank import Weight
+
 DTYPES = ("fp32", "fp16", "bf16")
 
 LEVELS = (2, 4, 8, 16)
@@ -109,5 +111,8 @@ class Engine(Protocol):
     def enqueue(self, stream: Any = None) -> None:
         """Run on the bound buffers; may be called many times. On a CPU it returns when the outputs are written."""
 
-    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Give named initializers of the ONNX graph new values. Raises EngineError for an unknown name or shape."""
+    def refit(self, weights: Mapping[str, Weight]) -> None:
+        """Give named initializers of the ONNX graph new values.
+
+        Raises EngineError for an unknown name or shape, or where it cannot be done; then nothing has changed.
+        """

@@ -31,6 +31,7 @@ import kernels
 from engines.buffers import check_names, device_address, resolve
 from engines.bundle import Component, hash_files
 from engines.gpu import Gpu, Memory, gpus, select
+from engines.low_rank import Weight
 from engines.onnx_file import convert
 from engines.publish import user_cache
 from engines.spec import EngineConfig, EngineError, TensorSpec
@@ -324,7 +325,7 @@ class TensorRtEngine:
         if not self._context.execute_async_v3(0 if stream is None else int(getattr(stream, "handle", stream))):
             raise EngineError(f"enqueue: {self._log.why()}")
 
-    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+    def refit(self, weights: Mapping[str, Weight]) -> None:
         """See `engines.spec.Engine`; needs the option refit=true, and that nothing is running.
 
         NVIDIA documents for TensorRT 11.3 that a plan built so may drop the bias of a matrix product. The build checks

@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs, on numpy arrays: attention, and group norm with SiLU.
+"""The C++ kernels for CPUs, on numpy arrays: attention, group norm with SiLU, and weights with changes of low rank.
 
 They are in `liblatentrt_kernels.so` beside this file, which installing builds where there are CMake and a C++ compiler
 (`kernels/csrc/latentrt_kernels.h` documents its C interface). Everything else works without it: ask `available()`.
@@ -56,6 +56,15 @@ class _GroupNormArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "channels", "positions", "groups")),
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
         ("eps", ctypes.c_float), ("silu", ctypes.c_int), ("channels_last", ctypes.c_int), ("threads", ctypes.c_int),
+        ("parallel", ctypes.c_void_p), ("parallel_context", ctypes.c_void_p),
+    ]
+
+
+class _LowRankArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("base_dtype", "out_dtype", "isa")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "rank")),
+        *((name, ctypes.c_void_p) for name in ("base", "up", "down", "out")), ("threads", ctypes.c_int),
         ("parallel", ctypes.c_void_p), ("parallel_context", ctypes.c_void_p),
     ]
 
@@ -146,6 +155,35 @@ def group_norm(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray,
     if args.out != args.x and np.may_share_memory(x, out):
         raise ValueError("out: got memory that overlaps x, expected x itself or none of it; pass np.empty_like(x)")
     _call("latentrt_group_norm", args)
+    return out
+
+
+def low_rank(base: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray, *, threads: int | None = None,
+             isa: str | None = None) -> np.ndarray:
+    """base + up · down in float32, rounded to nearest even; returns `out`. With rank 0 it converts.
+
+    base, out: [rows, …] of one shape, C-contiguous, each float32, bfloat16 or float16. up: float32 [rows, rank]. down:
+    float32 [rank, …]. In bfloat16 finite numbers stay finite. threads and isa: as in `attention`.
+
+    Raises ValueError for arrays it does not take, NativeError where the kernels are missing or fail.
+    """
+    rank, columns = len(down), math.prod(base.shape[1:])
+    for name, array, shape in (("base", base, base.shape), ("out", out, base.shape), ("up", up, (len(base), rank)),
+                               ("down", down, (rank, *down.shape[1:]))):
+        if array.shape != shape or (not array.size and name in ("base", "out")):
+            raise ValueError(f"{name}: got shape {array.shape}, expected {shape}, of at least one value; reshape it")
+        allowed = ("float32",) if name in ("up", "down") else tuple(_DTYPES)
+        if array.dtype.name not in allowed or not array.dtype.isnative or not array.flags.c_contiguous:
+            raise ValueError(f"{name}: got {array.dtype} with strides {array.strides}, expected C-contiguous "
+                             f"{' or '.join(allowed)}; convert it")
+    if math.prod(down.shape[1:]) != columns and rank:
+        raise ValueError(f"down: got shape {down.shape}, expected {columns} values in each of its rows; reshape it")
+    if not out.flags.writeable or np.may_share_memory(base, out):
+        raise ValueError("out: got memory that is read-only or base's, expected its own; pass np.empty_like(base)")
+    args = _LowRankArgs(base_dtype=_DTYPES[base.dtype.name], out_dtype=_DTYPES[out.dtype.name], isa=_isa(isa),
+                        rows=len(base), columns=columns, rank=rank, threads=_threads(threads))
+    args.base, args.up, args.down, args.out = (a.ctypes.data for a in (base, up, down, out))
+    _call("latentrt_low_rank", args)
     return out
 
 

@@ -2,7 +2,8 @@
 
 from engines import EngineError
 from runtime.control import Control
+from runtime.lora import Lora
 from runtime.pipeline import Pipeline, Result
 from runtime.request import Request, Step
 
-__all__ = ["Control", "EngineError", "Pipeline", "Request", "Result", "Step"]
+__all__ = ["Control", "EngineError", "Lora", "Pipeline", "Request", "Result", "Step"]

@@ -15,7 +15,7 @@ from engines import Bundle
 from engines.choice import choose
 from engines.interrupt import interruptible
 from engines.options import picture_size, setting
-from runtime import Control, EngineError, Pipeline, Request, Result, images, tasks
+from runtime import Control, EngineError, Lora, Pipeline, Request, Result, images, tasks
 from runtime.request import BLENDS, ENCODINGS, PROMPT_STYLES, TASKS
 from runtime.schedulers import names
 
@@ -82,6 +82,8 @@ def _requests(args: argparse.Namespace) -> list[Request]:
                if name in {f.name for f in dataclasses.fields(Request)} and value is not None}
     if args.size:
         changes["height"], changes["width"] = args.size
+    if args.loras and args.loose_loras:
+        changes["loras"] = [dataclasses.replace(lora, strict=False) for lora in args.loras]
     if args.upscale:
         changes |= {"image": args.upscale, "task": "upscale"}
     if args.control:
@@ -146,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the solver's timesteps, highest first, instead of --steps")
     add("--seed", type=int, metavar="N", help="0 to 2**64-1; image i uses seed + i (default: drawn and printed)")
     add("--count", type=int, metavar="N", help="images per prompt (default 1)")
+    add("--lora", dest="loras", action="append", type=_lora, metavar="FILE[:SCALE]", help="a LoRA in .safetensors, as "
+        "style.safetensors:0.7; several may be given")
+    add("--loose-loras", action="store_true", help="leave out those parts of a LoRA that fit no weight of the model")
     add("--size", type=picture_size, metavar="HxW", help="pixels, height first (default: the model's own)")
     picture = parser.add_argument_group("pictures to begin with", "The model says what it can do with them: python -m "
                                         "engines inspect BUNDLE.")
@@ -205,6 +210,13 @@ def _control(words: list[str]) -> Control:
                          f"{', '.join(f'{key}=…' for key in known)}")
     given: dict[str, Any] = {key: value if key == "preprocessor" else float(value) for key, _, value in options}
     return Control(words[0], words[1], **given)
+
+
+def _lora(text: str) -> Lora:
+    try:
+        return Lora.parse(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def _corner(text: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from engines import Engine, TensorSpec
+from engines.low_rank import Weight
 from runtime.device import Device, signature
 from runtime.host import Host
 
@@ -56,7 +57,7 @@ class BoundEngine:
         waiting = {name: self.device.download(self.buffers[name]) for name in self.engine.outputs}
         return {name: wait() for name, wait in waiting.items()}
 
-    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+    def refit(self, weights: Mapping[str, Weight]) -> None:
         """`engine.refit`, after everything that runs; graphs that hold the engine are captured anew."""
         self.device.use()
         self.device.mark()()

@@ -29,6 +29,7 @@ from runtime.denoise import Job, denoise
 from runtime.device import Cuda, Device
 from runtime.encode import Text, TextEncoders
 from runtime.host import Host
+from runtime.lora import Lora, Loras
 from runtime.request import Request, Step
 from runtime.slots import Capacity, Slots
 from runtime.tasks import Encoded, Model, blank, jobs, paste, resolve, table_of
@@ -46,8 +47,8 @@ class Result:
 
     request: as it was run, with size and seed filled in. images: PIL, empty for output="latent" or when cancelled.
     latents: float32 [count, C, h, w] before decoding. timings: seconds in "text", "denoise", "decode" and "total" of
-    the call (requests of one call share them). cancelled: on_step returned False. withheld: images that the safety
-    checker kept back, which are black.
+    the call (its requests with the same LoRAs share them). cancelled: on_step returned False. withheld: images that the
+    safety checker kept back, which are black.
     """
 
     request: Request
@@ -90,6 +91,7 @@ class Pipeline:
         self._decoders: dict[tuple[int, int], Decoder] = {}
         self._slots: dict[tuple[Any, ...], Slots] = {}
         self._unet = UNet(bundle, self._engine, engines.in_parts(bundle, backend))
+        self._loras = Loras(bundle)
         self._texts = TextEncoders(bundle, self._engine)
         self._nets: dict[str, UNet] = {}
         self._model = Model(bundle.manifest, self._unet, self._encode_picture, self._net)
@@ -156,8 +158,20 @@ class Pipeline:
         if isinstance(request, Request):
             return self([request])[0]
         requests = [self._resolve(r) for r in request]
-        if not requests:
-            return []
+        groups: dict[tuple[Lora, ...], list[int]] = {}
+        for index, r in enumerate(requests):
+            groups.setdefault(r.loras, []).append(index)
+        results: dict[int, Result] = {}
+        try:
+            for loras, members in groups.items():
+                self._loras.use(loras)
+                results |= zip(members, self._draw([requests[i] for i in members]), strict=True)
+        finally:
+            self._loras.use(())
+        return [results[i] for i in range(len(requests))]
+
+    def _draw(self, requests: list[Request]) -> list[Result]:
+        """Requests of the LoRAs in use, as one batch."""
         start = time.perf_counter()
         texts = self.encode(requests)
         encoded = time.perf_counter()
@@ -294,7 +308,7 @@ class Pipeline:
             engine = engines.load(self.bundle, component, config)
             self._engines[key] = BoundEngine(engine, self._place(engine))
             logger.info("%s %s ready in %.2f s", component, config.dims, time.perf_counter() - start)
-        return self._engines[key]
+        return self._loras.fit(component, self._engines[key])
 
     def _place(self, engine: Engine) -> Device:
         """Where an engine runs: this host, or the GPU of the number that it says."""
@@ -326,6 +340,7 @@ class Pipeline:
         height, width = _size(request)
         self.bundle.check_size(height, width)
         table_of(request, manifest)
+        self._loras.check(request.loras)
         latent = manifest.latent
         shape = (latent.channels, height // latent.factor, width // latent.factor)
         if request.latents is not None and request.latents.shape[1:] != shape:

@@ -13,6 +13,7 @@ import numpy as np
 
 from runtime import checks
 from runtime.control import Control, read_controls
+from runtime.lora import Lora, as_loras
 from runtime.prompt import parse
 
 TASKS = ("text-to-image", "image-to-image", "inpaint", "depth-to-image", "upscale", "invert")
@@ -60,6 +61,7 @@ class Request:
     eta: DDIM's noise share, 0 to 1. timesteps: the solver's timesteps instead of `steps` evenly chosen ones.
     seed: 0 … 2**64 - 1; image i of `count` uses seed + i, with the noise torch's CPU generator gives; None draws one.
     latents: float32 [C, h, w] or [count, C, h, w] of unit variance to start from, in place of noise.
+    loras: LoRAs on the UNet and text encoders, of `runtime.lora.Lora` or paths; none by default.
     output: "image", or "latent" to stop before decoding.
     on_step: called with a `Step` after every evaluation; returning False cancels the request.
 
@@ -101,6 +103,7 @@ class Request:
     seed: int | None = None
     count: int = 1
     latents: np.ndarray | None = field(default=None, compare=False)
+    loras: tuple[Lora, ...] = ()
     output: str = "image"
     on_step: Callable[[Step], bool | None] | None = field(default=None, compare=False, repr=False)
     task: str | None = None
@@ -162,6 +165,7 @@ class Request:
             object.__setattr__(self, "timesteps", checks.timesteps(self.timesteps))
         if self.latents is not None:
             object.__setattr__(self, "latents", checks.latents("latents", self.latents, self.count))
+        object.__setattr__(self, "loras", as_loras(self.loras))
         if self.on_step is not None and not callable(self.on_step):
             raise ValueError(f"on_step: got {self.on_step!r}, expected a function of one Step")
 
@@ -178,9 +182,9 @@ class Request:
             if f.name in NOT_STORED:
                 if value is not None:
                     out[f.name] = str(value) if isinstance(value, (str, Path)) else True
-            elif f.name == "control":
+            elif f.name in ("control", "loras"):
                 if value:
-                    out[f.name] = [control.to_json() for control in value]
+                    out[f.name] = [one.to_json() for one in value]
             elif f.name != "on_step" and (f.default is dataclasses.MISSING or value != f.default):
                 out[f.name] = list(value) if isinstance(value, tuple) else value
         return out

@@ -18,6 +18,7 @@ import kernels.guidance_step
 import kernels.step_input
 import kernels.to_image  # noqa: F401 - registers torch.ops.latentrt, as the three above do
 from engines import TensorSpec
+from engines.low_rank import Weight
 from runtime import Request
 from runtime.buffers import BoundEngine
 from runtime.denoise import Job
@@ -108,8 +109,8 @@ class Wave:
             t["noise_pred"].sin_().mul_(t["text"][:, 1, 2][:, None, None, None]).mul_(self.gain)
         self.rows_run.append(len(self._shift))
 
-    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
-        self.gain = float(weights["gain"])
+    def refit(self, weights: Mapping[str, Weight]) -> None:
+        self.gain = float(np.asarray(weights["gain"]))
 
 
 class ControlledWave(Wave):

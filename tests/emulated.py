@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from engines import TensorSpec
+from engines.low_rank import Weight
 from kernels.artefact import artefacts
 from kernels.step_table import width
 from runtime import host
@@ -133,7 +134,7 @@ class Picture:
     def enqueue(self, stream: Any = None) -> None:
         self._gpu.do(lambda: np.copyto(self._arrays["image"], self._arrays["latents"][:, :3]))
 
-    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+    def refit(self, weights: Mapping[str, Weight]) -> None:
         raise NotImplementedError
 
 

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 import engines
 from engines import verify_refit
 from engines.bundle import Bundle, Check, Component
+from engines.low_rank import Weight
 from engines.openvino import OpenVinoEngine
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from tests.small import small_bundle
@@ -79,7 +80,7 @@ def test_engines_that_take_new_weights_pass(products: tuple[Path, Component], ba
 @pytest.mark.parametrize("lost", sorted(n for n in NAMES if n.endswith("bias")))
 def test_an_engine_that_loses_a_bias_does_not_pass(products: tuple[Path, Component], lost: str) -> None:
     class Forgetful(OpenVinoEngine):
-        def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+        def refit(self, weights: Mapping[str, Weight]) -> None:
             super().refit({name: value for name, value in weights.items() if name != lost})
 
     file, component = products
@@ -107,7 +108,7 @@ def test_a_backend_that_refits_is_checked_when_it_is_built(tmp_path: Path, monke
     module = engines.backend("openvino")
 
     class Forgetful(OpenVinoEngine):
-        def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+        def refit(self, weights: Mapping[str, Weight]) -> None:
             super().refit({name: value for name, value in weights.items() if name != "conv_in.bias"})
 
     monkeypatch.setattr(module, "refits", lambda config: True, raising=False)

@@ -97,6 +97,15 @@ int check(const latentrt_group_norm_args& a) {
     return bad_threads(a.threads) ? LATENTRT_BAD_THREADS : LATENTRT_OK;
 }
 
+bool bad_dtype(latentrt_dtype dtype) { return dtype < LATENTRT_FP32 || dtype > LATENTRT_FP16; }
+
+int check(const latentrt_low_rank_args& a) {
+    if (bad_dtype(a.base_dtype) || bad_dtype(a.out_dtype)) return LATENTRT_BAD_DTYPE;
+    if (a.rows < 1 || a.columns < 1 || a.rank < 0) return LATENTRT_BAD_SIZE;
+    if (!a.base || !a.out || (a.rank && !(a.up && a.down))) return LATENTRT_BAD_POINTER;
+    return bad_threads(a.threads) ? LATENTRT_BAD_THREADS : LATENTRT_OK;
+}
+
 const AttentionKernel& attention_kernel(int isa, latentrt_dtype dtype) {
     if (isa == LATENTRT_ISA_AMX && dtype == LATENTRT_BF16) return kAttentionAmx;
     return isa == LATENTRT_ISA_AVX2 ? kAttentionAvx2 : kAttentionAvx512;
@@ -158,6 +167,18 @@ int group_norm(const latentrt_group_norm_args& args, int isa) {
     return LATENTRT_OK;
 }
 
+int low_rank(const latentrt_low_rank_args& args, int isa) {
+    const LowRankKernel kernel = isa == LATENTRT_ISA_AVX2 ? kLowRankAvx2 : kLowRankAvx512;
+    constexpr int64_t kBlock = 8; // rows that are summed together
+    const int64_t blocks = (args.rows + kBlock - 1) / kBlock;
+    const int parts = clamp_threads(args, blocks);
+    spread(args, parts, [&](int index) {
+        const Range range = share(blocks, index, parts);
+        kernel(args, range.begin * kBlock, range.end * kBlock < args.rows ? range.end * kBlock : args.rows);
+    });
+    return LATENTRT_OK;
+}
+
 } // namespace
 } // namespace latentrt
 
@@ -177,6 +198,14 @@ int latentrt_group_norm(const latentrt_group_norm_args* args) {
     if (const int status = check(*args)) return status;
     const int isa = choose_isa(args->isa);
     return isa ? group_norm(*args, isa) : LATENTRT_BAD_ISA;
+}
+
+int latentrt_low_rank(const latentrt_low_rank_args* args) {
+    using namespace latentrt;
+    if (!args) return LATENTRT_BAD_POINTER;
+    if (const int status = check(*args)) return status;
+    const int isa = choose_isa(args->isa);
+    return isa ? low_rank(*args, isa) : LATENTRT_BAD_ISA;
 }
 
 int latentrt_best_isa(void) { return latentrt::best_isa(); }

@@ -39,7 +39,11 @@ struct GroupNormKernel {
 // factors[batch][2][channels]: a, then b, of a x + b, from the moments of all blocks.
 void merge_moments(const latentrt_group_norm_args& args, int64_t block_rows, const Moments* partial, float* factors);
 
+// Rows [begin, end).
+using LowRankKernel = void (*)(const latentrt_low_rank_args& args, int64_t begin, int64_t end);
+
 extern const AttentionKernel kAttentionAmx, kAttentionAvx512, kAttentionAvx2;
 extern const GroupNormKernel kGroupNormAmx, kGroupNormAvx512, kGroupNormAvx2;
+extern const LowRankKernel kLowRankAvx512, kLowRankAvx2;
 
 } // namespace latentrt

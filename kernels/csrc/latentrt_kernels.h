@@ -1,4 +1,5 @@
-/* Fused operators of latent diffusion for x86-64 CPUs: attention, and group normalisation with SiLU.
+/* Fused operators of latent diffusion for x86-64 CPUs: attention, group normalisation with
+ * SiLU, and weights with changes of low rank.
  *
  * Plain C interface of liblatentrt_kernels. Every function is thread-safe, allocates only scratch that it frees again,
  * and leaves its inputs alone. Sizes and strides count elements, never bytes. Results do not depend on the number of
@@ -101,6 +102,24 @@ typedef struct {
 } latentrt_group_norm_args;
 
 LATENTRT_API int latentrt_group_norm(const latentrt_group_norm_args* args);
+
+/* out[i,j] = base[i,j] + sum_k up[i,k] down[k,j], in float32, rounded to nearest even.
+ *
+ * A weight with a LoRA, or with rank 0 a conversion. base: [rows, columns] of base_dtype; up: [rows, rank]; down: [rank,
+ * columns]; out: [rows, columns] of out_dtype; all dense. In bfloat16 numbers beyond its largest become that. out must not overlap an input. */
+typedef struct {
+    latentrt_dtype base_dtype, out_dtype;
+    latentrt_isa isa;
+    int64_t rows, columns, rank;
+    const void* base;
+    const float *up, *down;
+    void* out;
+    int threads;
+    latentrt_parallel parallel;
+    void* parallel_context;
+} latentrt_low_rank_args;
+
+LATENTRT_API int latentrt_low_rank(const latentrt_low_rank_args* args);
 
 /* The best instruction set of this CPU and operating system; 0 where there is not even AVX2. */
 LATENTRT_API int latentrt_best_isa(void);

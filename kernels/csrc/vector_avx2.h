@@ -30,6 +30,10 @@ struct Vector {
     static void store(float* p, Reg x, Mask m) { _mm256_maskstore_ps(p, m.lanes, x); }
     static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(m.lanes)); }
 
+    static Mask unordered(Reg a) { // where it is no number
+        return {_mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)), 8};
+    }
+
     static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
     static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
     static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
