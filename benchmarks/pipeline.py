@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     with turns.opened(args) as job:
         drawing = Drawing(**vars(job), prompt=args.prompt, steps=args.steps, guidance=args.guidance, seed=args.seed)
         manifest = Bundle.open(job.bundle).manifest
-        if len(manifest.text) != 1:
-            raise ValueError(f"{job.bundle}: got a {manifest.family} model, expected one that the runtime draws with; "
+        if manifest.time_ids or manifest.meanings:
+            raise ValueError(f"{job.bundle}: got a {manifest.family} model, expected Stable Diffusion 1.x or 2.x; "
                              "`python -m benchmarks unet` measures its UNet")
         report: dict[str, Any] = {
             "machine": measure.machine(), "model": manifest.family,

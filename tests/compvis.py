@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-UNET = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+UNET = {"class_embedding": "label_emb", "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
@@ -40,7 +40,7 @@ def of_control(folder: Path) -> dict[str, torch.Tensor]:
 def of_vae(folder: Path) -> dict[str, torch.Tensor]:
     """The original names of a VAE's folder, without a prefix, as files of a VAE alone have them."""
     weights = load_file(next(folder.glob("*.safetensors")))
-    return {(name := _vae_name(k)): v[:, :, None, None] if _is_conv(name, v) else v for k, v in weights.items()}
+    return _vae(weights)
 
 
 def save(state: Weights, path: Path, nested: bool = True) -> Path:
@@ -55,10 +55,10 @@ def save(state: Weights, path: Path, nested: bool = True) -> Path:
 def state_dict(unet: Weights, vae: Weights, text: Weights, layers_per_block: int,
                open_clip: bool) -> dict[str, torch.Tensor]:
     """All weights of one checkpoint, as in the file's "state_dict"."""
+    lowest = any(k.startswith("up_blocks.0.attentions.") for k in unet)
     return {
-        **{f"model.diffusion_model.{_unet_name(k, layers_per_block)}": v for k, v in unet.items()},
-        **{f"first_stage_model.{(name := _vae_name(k))}": v[:, :, None, None] if _is_conv(name, v) else v
-           for k, v in vae.items()},
+        **{f"model.diffusion_model.{_unet_name(k, layers_per_block, lowest)}": v for k, v in unet.items()},
+        **{f"first_stage_model.{name}": v for name, v in _vae(vae).items()},
         **(_open_clip(text) if open_clip else _clip(text)),
         "betas": torch.linspace(0, 1, 10),
     }
@@ -84,7 +84,8 @@ def _control_name(name: str) -> str:
     return f"middle_block_out.0.{parameter}" if kind == "controlnet_mid_block" else _unet_name(name, layers=1)
 
 
-def _unet_name(name: str, layers: int) -> str:
+def _unet_name(name: str, layers: int, lowest: bool = False) -> str:
+    """lowest: whether the lowest block has transformers, too."""
     place, _, rest = name.partition(".")
     module, _, parameter = name.rpartition(".")
     if module in UNET:
@@ -96,8 +97,8 @@ def _unet_name(name: str, layers: int) -> str:
     first = int(block) * (layers + 1)
     if kind == "downsamplers":
         return f"input_blocks.{first + layers + 1}.0.op.{inner.removeprefix('conv.')}"
-    if kind == "upsamplers":  # after the resnet and, in every block but the lowest, the transformer
-        return f"output_blocks.{first + layers}.{1 if block == '0' else 2}.{inner}"
+    if kind == "upsamplers":  # after the resnet and, where there is one, the transformer
+        return f"output_blocks.{first + layers}.{2 if lowest or block != '0' else 1}.{inner}"
     at = first + int(index)
     which = f"input_blocks.{1 + at}" if place == "down_blocks" else f"output_blocks.{at}"
     return f"{which}.{1 if kind == 'attentions' else 0}.{_inner(kind, inner)}"
@@ -110,7 +111,12 @@ def _inner(kind: str, inner: str) -> str:
     return f"{RESNET[module]}.{parameter}"
 
 
-def _vae_name(name: str) -> str:
+def _vae(weights: Weights) -> dict[str, torch.Tensor]:
+    top = max(int(k.split(".")[2]) for k in weights if k.startswith("decoder.up_blocks."))
+    return {(name := _vae_name(k, top)): v[:, :, None, None] if _is_conv(name, v) else v for k, v in weights.items()}
+
+
+def _vae_name(name: str, top: int) -> str:
     if "mid_block.attentions" in name:
         half, inner = name.split(".mid_block.attentions.0.")
         module, _, parameter = inner.rpartition(".")
@@ -118,8 +124,8 @@ def _vae_name(name: str) -> str:
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     name = re.sub(r"down_blocks\.(\d)\.resnets\.", r"down.\1.block.", name)
     name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
-    name = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda m: f"up.{3 - int(m[1])}.block.", name)
-    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)
+    name = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda m: f"up.{top - int(m[1])}.block.", name)
+    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{top - int(m[1])}.upsample", name)
     return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
 
 

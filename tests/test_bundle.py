@@ -56,7 +56,7 @@ def test_unknown_and_missing_keys_are_refused(path, place, kind):
 
 def test_a_newer_format_is_refused(path):
     edit(path, lambda data: data.update(format=99))
-    with pytest.raises(EngineError, match="format 99, this version reads up to 1; update latentrt"):
+    with pytest.raises(EngineError, match="format 99, this version reads up to 2; update latentrt"):
         Bundle.open(path)
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from export import FAMILIES, ExportError
-from export.checkpoint import MODELS, Checkpoint, open_checkpoint
-from export.convert import convert
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.convert import PREFIXES, convert
 from export.single_file import CONFIGS
 from export.tokenizer import clip_tokenizer, save_tokenizer
 from tests import compvis, tiny
@@ -38,7 +38,7 @@ def folder(folders, tmp_path) -> Path:
 
 
 def assert_same_weights(got: Checkpoint, expected: Checkpoint) -> None:
-    for name in MODELS:
+    for name in PREFIXES:
         a, b = got.load(name).state_dict(), expected.load(name).state_dict()
         assert a.keys() == b.keys()
         assert [k for k in a if a[k].dtype != torch.float32 or not torch.equal(a[k], b[k])] == []
@@ -76,7 +76,7 @@ def test_lightning_callbacks_in_a_pickle_are_ignored(folders, tmp_path, monkeypa
 
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-TEXT_KEYS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+TEXT_KEYS = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.mark.parametrize("change, message", [
@@ -84,8 +84,8 @@ TEXT_KEYS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.t
     (lambda s: s.update({"model.diffusion_model.out.9.bias": torch.ones(4)}), r"no counterpart.*out\.9\.bias"),
     (lambda s: s.update({"model.diffusion_model.out.2.bias": torch.ones(5)}), "another shape of conv_out.bias"),
     (lambda s: s.update({"model_ema.diffusion_modelout2bias": torch.ones(4)}), "has EMA weights, but none for"),
-    (lambda s: s.update({CONV_IN: torch.ones(32, 9, 3, 3)}), "9 input channels"),
-], ids=["missing", "unknown", "shape", "partial-ema", "inpainting"])
+    (lambda s: s.update({CONV_IN: torch.ones(32, 6, 3, 3)}), "2 input channels beside"),
+], ids=["missing", "unknown", "shape", "partial-ema", "channels"])
 def test_single_file_that_does_not_fit(folders, tmp_path, change, message):
     state = compvis.from_folder(folders["sd1"])
     change(state)
@@ -97,6 +97,7 @@ SIZES = {  # parameters of the published models
     "sd1": (859_520_964, 83_653_863, 123_060_480),
     "sd2-base": (865_910_724, 83_653_863, 340_387_840),
     "sd2-v": (865_910_724, 83_653_863, 340_387_840),
+    "x4": (473_398_020, 55_325_927, 340_387_840),
 }
 
 
@@ -115,15 +116,17 @@ def test_shipped_configuration_is_that_of_the_published_model(family):
         assert got == {k: v.shape for k, v in expected.items()}
 
 
-@pytest.mark.parametrize("width, step, family", [
-    (768, None, "sd1"), (1024, 875_000, "sd2-base"), (1024, None, "sd2-v")])
-def test_family_is_told_from_the_weights(tmp_path, width, step, family, caplog):
+@pytest.mark.parametrize("width, step, channels, family", [
+    (768, None, 4, "sd1"), (1024, 875_000, 4, "sd2-base"), (1024, None, 4, "sd2-v"), (768, None, 9, "sd1"),
+    (1024, None, 9, "sd2-base"), (1024, None, 5, "sd2-base"), (1024, None, 7, "x4")])
+def test_family_is_told_from_the_weights(tmp_path, width, step, channels, family, caplog):
     state = {f"{prefix}x": torch.ones(1) for prefix in ("cond_stage_model.", "first_stage_model.")}
-    state |= {CONV_IN: torch.ones(1, 4, 1, 1), TEXT_KEYS: torch.ones(1, width)}
+    state |= {CONV_IN: torch.ones(1, channels, 1, 1), TEXT_KEYS: torch.ones(1, width)}
     torch.save({"state_dict": state, "global_step": step}, tmp_path / "model.ckpt")
     checkpoint = open_checkpoint(tmp_path / "model.ckpt")
     assert checkpoint.scheduler == json.loads((CONFIGS / f"{family}.json").read_text())["scheduler"]
-    assert ("taken for" in caplog.text) == (width == 1024)
+    assert ("taken for" in caplog.text) == (width == 1024 and channels == 4)
+    assert sum(extra.channels for extra in checkpoint.extra_channels) == channels - 4
 
 
 def test_clip_tokenizer(tmp_path):
@@ -224,13 +227,13 @@ def edit(path: Path, **changes: object) -> None:
     (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "no weights, expected"),
     (lambda f: os.truncate(f / "unet" / "diffusion_pytorch_model.safetensors", 100_000), "weights could not be read"),
     (lambda f: edit(f / "unet" / "config.json", layers_per_block=2), "do not fit config.json"),
-    (lambda f: edit(f / "unet" / "config.json", in_channels=9), "inpainting, depth and upscaling"),
+    (lambda f: edit(f / "unet" / "config.json", in_channels=6), "2 input channels beside the 4"),
     (lambda f: edit(f / "unet" / "config.json", num_class_embeds=10), "num_class_embeds=10"),
     (lambda f: edit(f / "scheduler" / "scheduler_config.json", prediction_type="flow"), "prediction_type 'flow'"),
     (lambda f: shutil.rmtree(f / "tokenizer"), "no tokenizer, expected"),
     (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "tokenizer could not be read"),
     (lambda f: clip_tokenizer().save_pretrained(f / "tokenizer"), "49408 tokens for a text encoder of 528"),
-], ids=["pipeline", "no-index", "bad-json", "no-weights", "truncated", "config", "inpainting", "class-labels",
+], ids=["pipeline", "no-index", "bad-json", "no-weights", "truncated", "config", "channels", "class-labels",
         "prediction", "no-tokenizer", "bad-tokenizer", "other-tokenizer"])
 def test_folder_that_cannot_be_exported(folder, damage, message):
     damage(folder)

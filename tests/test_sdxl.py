@@ -18,14 +18,13 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 import engines
 from benchmarks import components, given, limits, on_cpu, turns
 from benchmarks.__main__ import main
-from engines import Bundle, EngineError
+from engines import Bundle
 from engines.choice import choose
 from export import ExportError, trace
 from export.checkpoint import open_checkpoint
 from export.component import export_component, precision
 from export.graphs import graphs
 from export.single_file import CONFIGS
-from runtime import Pipeline
 from runtime.text import PromptTokenizer
 from tests.test_export import dims, error, rel_rms, run
 from tests.tolerances import EXPORT_REL_RMS
@@ -103,7 +102,10 @@ def test_manifest(bundle):
     manifest = bundle.manifest
     assert (manifest.family, manifest.prediction_type, manifest.default_size) == ("sdxl", "epsilon", (64, 64))
     assert tuple(n for n in manifest.components if not n.startswith("unet_")) == COMPONENTS
-    assert [s.name for s in manifest.components["unet_time"].inputs] == ["timestep", "text_embeds", "time_ids"]
+    parts = {part: [s.name for s in manifest.components[f"unet_{part}"].inputs] for part in ("text", "time")}
+    assert parts == {"text": ["encoder_hidden_states", "text_embeds", "time_ids"], "time": ["timestep"]}
+    handed = [s for part in parts for s in manifest.components[f"unet_{part}"].outputs]
+    assert all(s.dtype == "float32" and len(s.shape) > 1 and s.shape[0] == "batch" for s in handed)
     assert manifest.latent.scale == 0.13025
     assert [(t.component, t.pad_id) for t in manifest.text] == [("text_encoder", 527), ("text_encoder_2", 0)]
     assert {s.name: s.shape for s in manifest.components["unet"].inputs} == {
@@ -127,16 +129,11 @@ def test_benchmarks_give_everyone_the_added_conditions(folder, bundle, tmp_path)
     assert components._limits(job)()["flops"] == limits.unet_flops(folder, 2, 8, 12)
 
 
-def test_benchmarks_do_not_draw_either(folder, bundle, capsys):
+def test_benchmarks_of_whole_pictures_do_not_take_it(folder, bundle, capsys):
     assert main(["pipeline", str(bundle.path), str(folder)]) == 2
-    assert "got a sdxl model, expected one that the runtime draws with" in capsys.readouterr().err
+    assert "got a sdxl model, expected Stable Diffusion 1.x or 2.x" in capsys.readouterr().err
     assert main(["pipeline", "--random", "sdxl"]) == 2
     assert "--random: got 'sdxl', expected one of sd1, sd2-base, sd2-v" in capsys.readouterr().err
-
-
-def test_the_runtime_refuses_to_draw(bundle):
-    with pytest.raises(EngineError, match=r"got a sdxl model.* expected Stable Diffusion 1\.x or 2\.x\. Draw with one"):
-        Pipeline.load(bundle.path)
 
 
 def test_the_vae_of_an_fp16_bundle_is_bf16(folder):
@@ -150,11 +147,11 @@ def test_the_vae_of_an_fp16_bundle_is_bf16(folder):
 
 @pytest.mark.parametrize(("file", "changes", "message"), [
     ("unet/config.json", {"addition_embed_type": None}, "addition_embed_type=None, expected 'text_time'"),
-    ("unet/config.json", {"projection_class_embeddings_input_dim": 88}, "takes 5 numbers for sizes, expected 6"),
+    ("unet/config.json", {"projection_class_embeddings_input_dim": 80}, "takes 4 numbers for sizes, expected 6"),
     ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "addition_embed_type='text_time', expected None"),
-    ("model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"}, "got a StableDiffusionXLInpaintPipeline"),
+    ("model_index.json", {"_class_name": "StableDiffusionXLAdapterPipeline"}, "got a StableDiffusionXLAdapterPipeline"),
     ("text_encoder_2/config.json", {"vocab_size": 100}, "528 tokens for a text encoder of 100"),
-], ids=["no-condition", "refiner", "other-pipeline", "inpainting", "tokenizer"])
+], ids=["no-condition", "sizes", "other-pipeline", "adapter", "tokenizer"])
 def test_folder_that_cannot_be_exported(folder, tmp_path, file, changes, message):
     copy = shutil.copytree(folder, tmp_path / "model")
     path = copy / file
