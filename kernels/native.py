@@ -27,7 +27,7 @@ ISAS = ("avx2", "avx512", "amx")
 BUILD = ("install CMake 3.25 or later and a C++20 compiler, then run `pip install --force-reinstall --no-deps .` in a "
          "checkout of latentrt")
 
-_ABI = 1
+_ABI = 2
 _DTYPES = {"float32": 0, "bfloat16": 1, "uint16": 1, "float16": 2}
 
 _Strides = ctypes.c_int64 * 3

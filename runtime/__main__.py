@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
                           device=choice.device, threads=args.threads, rebuild=True, options=dict(args.option))
     pipe = Pipeline.load(args.bundle, choice.backend, dtype=choice.dtype, device=choice.device, size=size,
                          batch=args.batch, threads=args.threads, eager=args.eager, progress=not args.quiet,
-                         options=dict(args.option))
+                         tile=args.tile, options=dict(args.option))
     results = pipe(requests)
     drawn = []
     for result, files in zip(results, targets, strict=True):
@@ -192,6 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--option", type=setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the backend, "
         "as python -m engines build has them")
     add("--eager", action="store_true", help="no CUDA graphs")
+    add("--tile", type=int, metavar="PIXELS", help="larger pictures go through the VAE in tiles of this side, which "
+        "takes less memory")
     add("--batch", type=int, default=1, metavar="N", help="images denoised together (default 1)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
     add("--rebuild", action="store_true", help="build the engines of this size and batch again first")

@@ -22,13 +22,14 @@ from engines.choice import choose
 from engines.gpu import gpus
 from engines.runtime_kernels import runtime_kernels
 from kernels.artefact import KernelError
-from runtime import pictures
+from runtime import checks, pictures, tiles
 from runtime.buffers import BoundEngine
 from runtime.decode import Decoder
 from runtime.denoise import Job, denoise
 from runtime.device import Cuda, Device
 from runtime.encode import Text, TextEncoders
 from runtime.host import Host
+from runtime.images import to_uint8
 from runtime.lora import Lora, Loras
 from runtime.request import Request, Step
 from runtime.slots import Capacity, Slots
@@ -73,7 +74,7 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, *, backend: str, dtype: str, device: str, size: tuple[int, int], batch: int,
-                 threads: int, eager: bool, progress: bool, options: Mapping[str, Any] | None,
+                 threads: int, eager: bool, progress: bool, tile: int | None, options: Mapping[str, Any] | None,
                  safety_checker: SafetyChecker | None, depth_estimator: DepthEstimator | None) -> None:
         self.bundle = bundle
         self.backend = backend
@@ -82,6 +83,7 @@ class Pipeline:
         self.size = size
         self.batch = batch
         self._threads, self._options = threads, dict(options or {})
+        self._tile = tile
         self.load_seconds = 0.0
         self._progress = progress
         self._safety_checker, self._depth_estimator = safety_checker, depth_estimator
@@ -99,7 +101,7 @@ class Pipeline:
     @classmethod
     def load(cls, path: str | Path, backend: str = "auto", *, dtype: str = "auto", device: str = "auto",
              size: tuple[int, int] | None = None, batch: int = 1, threads: int = 0, eager: bool = False,
-             progress: bool = True, options: Mapping[str, Any] | None = None,
+             progress: bool = True, tile: int | None = None, options: Mapping[str, Any] | None = None,
              safety_checker: SafetyChecker | None = None,
              depth_estimator: DepthEstimator | None = None) -> Pipeline:
         """Open a bundle and load its engines (building those that are not there yet).
@@ -108,7 +110,9 @@ class Pipeline:
         for the fastest that the backend runs well here; a GPU runs the graph's own. device: "cpu", "cuda:0", or "auto"
         for the one that the backend is for. size: (height, width) pixels; the model's own by default. batch: images
         denoised together. threads: CPU threads, 0 for all cores. eager: no CUDA graphs. progress: bars on a terminal.
-        options: settings of the backend, such as {"fp8": "linear"}, as `python -m engines build --option` takes them.
+        tile: pixels; larger pictures go through the VAE in overlapping tiles of that side, in the memory of one
+        (`runtime.tiles`). options: settings of the backend, such as {"fp8": "linear"}, as `python -m engines build
+        --option` takes them.
         safety_checker: sees every finished picture, and returns it or another, or None to withhold it. depth_estimator:
         gives a depth map, [H, W] in any unit, of the picture of a request that has none but needs one.
 
@@ -120,6 +124,10 @@ class Pipeline:
             raise ValueError(f"batch: got {batch!r}, expected a whole number of at least 1")
         size = size or bundle.manifest.default_size
         bundle.check_size(*size)
+        if tile is not None:
+            checks.whole("tile", tile, 4 * bundle.manifest.latent.factor, 2**16)
+            if tile % bundle.manifest.latent.factor:
+                raise ValueError(f"tile: got {tile} pixels, expected a multiple of {bundle.manifest.latent.factor}")
         backend, dtype, device, _ = choose(backend, dtype, device, bundle=bundle, size=size, batch=batch,
                                            threads=threads)
         own = bundle.component("unet").dtype
@@ -128,12 +136,12 @@ class Pipeline:
                               f"export the checkpoint with --dtype {dtype}")
         bundle.verify(bundle.manifest.files)
         pipe = cls(bundle, backend=backend, dtype=dtype, device=device, size=size, batch=batch, threads=threads,
-                   eager=eager, progress=progress, options=options, safety_checker=safety_checker,
+                   eager=eager, progress=progress, tile=tile, options=options, safety_checker=safety_checker,
                    depth_estimator=depth_estimator)
         loads = [pipe._texts.load, lambda: pipe._unet.load(size, 2 * batch),
-                 lambda: pipe._engine("vae_decoder", 1, *size)]
+                 lambda: pipe._engine("vae_decoder", 1, *pipe._tile_of(*size))]
         if not {"text-to-image", "upscale"} & set(bundle.manifest.tasks):
-            loads.append(lambda: pipe._engine("vae_encoder", 1, *size))
+            loads.append(lambda: pipe._engine("vae_encoder", 1, *pipe._tile_of(*size)))
         with pipe._bar(total=len(loads), desc="load", unit="engine") as bar:
             for load in loads:
                 load()
@@ -193,9 +201,7 @@ class Pipeline:
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents float32 [n, C, h, w] to pictures float32 [n, height, width, 3] in [0, 1]."""
-        factor = self.bundle.manifest.latent.factor
-        decoder = self._engine("vae_decoder", 1, latents.shape[2] * factor, latents.shape[3] * factor)
-        images = [decoder(latents=latent[None])["image"][0].transpose(1, 2, 0) * 0.5 + 0.5 for latent in latents]
+        images = [self._decode(latent).transpose(1, 2, 0) * 0.5 + 0.5 for latent in latents]
         return np.stack(images).clip(0.0, 1.0)
 
     def _denoise(self, requests: list[Request], texts: list[Text]) -> list[list[Job]]:
@@ -260,13 +266,40 @@ class Pipeline:
 
     def _encode_picture(self, image: np.ndarray) -> Encoded:
         """float32 [3, height, width] in [-1, 1] to its latents."""
-        return Encoded(**{name: value[0] for name, value in
-                          self._engine("vae_encoder", 1, *image.shape[1:])(image=image[None]).items()})
+        size, factor = self._tile_of(*image.shape[1:]), self.bundle.manifest.latent.factor
+        encoder = self._engine("vae_encoder", 1, *size)
+
+        def run(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found = encoder(image=part[None])
+            return found["mean"][0], found["std"][0]
+
+        if size == image.shape[1:]:
+            return Encoded(*run(image))
+        return Encoded(*tiles.encode(image, run, (size[0] // factor, size[1] // factor), factor))
+
+    def _decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents float32 [C, h, w] to float32 [3, height, width], nominally in [-1, 1]."""
+        factor = self.bundle.manifest.latent.factor
+        whole = latents.shape[1] * factor, latents.shape[2] * factor
+        size = self._tile_of(*whole)
+        decoder = self._engine("vae_decoder", 1, *size)
+
+        def run(part: np.ndarray) -> np.ndarray:
+            return decoder(latents=part[None])["image"][0]
+
+        return run(latents) if size == whole else tiles.decode(latents, run, (size[0] // factor, size[1] // factor),
+                                                               factor)
+
+    def _tile_of(self, height: int, width: int) -> tuple[int, int]:
+        """What the VAE is given of a picture at once, in pixels."""
+        return min(height, self._tile or height), min(width, self._tile or width)
 
     def _picture(self, latents: np.ndarray) -> Image.Image:
         """Latents float32 [C, h, w] decoded to a picture where the decoder runs."""
         factor = self.bundle.manifest.latent.factor
         size = (latents.shape[1] * factor, latents.shape[2] * factor)
+        if self._tile_of(*size) != size:
+            return Image.fromarray(to_uint8((self._decode(latents).transpose(1, 2, 0) * 0.5 + 0.5).clip(0.0, 1.0)))
         if size not in self._decoders:
             self._decoders[size] = Decoder(self._engine("vae_decoder", 1, *size))
         return Image.fromarray(self._decoders[size](latents[None])[0])

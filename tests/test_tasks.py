@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime import Pipeline, Request
+from runtime import Pipeline, Request, pictures, tiles
 from runtime.schedulers import SCHEDULERS
 from tests.tolerances import IMAGE_MAX
 
@@ -282,6 +282,32 @@ def test_ddim_draws_an_inverted_picture_again(made):
     back, other = (ours(request_of(**options, height=SIZE[0], width=SIZE[1], latents=start)).latents - drawn.latents
                    for start in (inverted.latents, None))
     assert np.linalg.norm(back) < 0.25 * np.linalg.norm(other)
+
+
+def test_a_large_picture_in_tiles(made):
+    """Tiles of 64 pixels, each through diffusers' VAE, are what is started from and what is seen."""
+    checkpoint, whole = made("sd1")
+    ours = Pipeline.load(whole.bundle.path, "onnxruntime", size=(64, 64), progress=False, tile=64)
+    vae, (height, width) = reference("StableDiffusionPipeline", checkpoint).vae, (64, 192)
+    image, scale, factor = picture(height, width), vae.config.scaling_factor, 8
+
+    def encode(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = vae.encode(torch.from_numpy(part)[None]).latent_dist
+        return found.mean[0].numpy() * scale, found.std[0].numpy() * scale
+
+    def decode(part: np.ndarray) -> np.ndarray:
+        return vae.decode(torch.from_numpy(part)[None] / scale).sample[0].numpy()
+
+    with torch.no_grad():
+        mean, _ = tiles.encode(pictures.pixels(image, (height, width)), encode, (8, 8), factor)
+        clean = ours(request_of(image=mean, strength=0.3, steps=4, output="latent")).latents
+        result = ours(request_of(image=image, encoding="mean", strength=0.3, steps=4))
+        np.testing.assert_allclose(result.latents, clean, atol=1e-3)
+        expected = tiles.decode(result.latents[0], decode, (8, 8), factor) / 2 + 0.5
+    expected = expected.clip(0, 1).transpose(1, 2, 0)
+    np.testing.assert_allclose(ours.decode(result.latents)[0], expected, atol=IMAGE_MAX)
+    np.testing.assert_allclose(np.asarray(result.images[0]) / 255, expected, atol=0.5 / 255 + IMAGE_MAX)
+    assert np.abs(whole.decode(result.latents)[0] - expected).max() > IMAGE_MAX
 
 
 def test_tasks_of_one_batch(made):

@@ -30,7 +30,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or the meaning of a field changes. */
-#define LATENTRT_ABI 1
+#define LATENTRT_ABI 2
 
 typedef enum {
     LATENTRT_OK = 0,
