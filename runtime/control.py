@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -45,6 +45,27 @@ class Control:
         checks.number("control end", self.end, 0.0, 1.0)
         if self.start >= self.end:
             raise ValueError(f"control: got start {self.start:g} and end {self.end:g}, expected start < end")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """"NAME=FILE", "NAME=FILE:SCALE" or either with ",KEY=VALUE" after it, as the command line has it.
+
+        Keys: start, end, preprocessor. Raises ValueError.
+        """
+        first, *rest = text.split(",")
+        name, equals, file = first.partition("=")
+        path, colon, scale = file.rpartition(":")
+        given: dict[str, Any] = dict(word.partition("=")[::2] for word in rest)
+        try:
+            if colon:
+                given["scale"], file = float(scale), path
+            given |= {key: float(given[key]) for key in ("start", "end") if key in given}
+            if not (name and equals and file) or set(given) - {"scale", "start", "end", "preprocessor"}:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"control: got {text!r}, expected NAME=FILE or NAME=FILE:SCALE with a number, and any of "
+                             ",start=… ,end=… ,preprocessor=… after it") from None
+        return cls(name, file, **given)
 
     def scales(self, steps: int) -> np.ndarray:
         """float32 [steps], what the residuals are multiplied by at every one: 0 where it is not used.

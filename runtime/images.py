@@ -51,10 +51,35 @@ def save(image: Image.Image, path: Path, metadata: dict[str, Any] | None = None,
         Path(name).unlink(missing_ok=True)
 
 
+def save_latents(latents: np.ndarray, path: Path, force: bool = False) -> None:
+    """Write float32 [n, C, h, w] as numpy does, whole or not at all. Raises what `check_target` raises."""
+    check_target(path, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, latents.astype(np.float32))
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def load_latents(path: Path) -> np.ndarray:
+    """What `save_latents` wrote. Raises ValueError for any other file."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise ValueError(f"{path}: not latents that can be read ({e}); expected a file of -o FILE.npy") from e
+    if not isinstance(array, np.ndarray) or array.ndim not in (3, 4):
+        raise ValueError(f"{path}: got an array of shape {np.shape(array)}, expected [n, C, h, w] or [C, h, w]")
+    return array
+
+
 def check_target(path: Path, force: bool) -> None:
     """Raise FileExistsError where `path` exists and `force` is false, ValueError for an unknown file ending."""
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path}: got ending {path.suffix!r}, expected that of a picture, such as .png")
+    if path.suffix.lower() not in (*Image.registered_extensions(), ".npy"):
+        raise ValueError(f"{path}: got ending {path.suffix!r}, expected that of a picture, such as .png, or .npy")
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; choose another name or pass --force to replace it")
 

@@ -115,16 +115,18 @@ def test_command_line(path, tmp_path, capsys):
     """And the picture repeats itself, with the hint from its file."""
     HINT.save(tmp_path / "hint.png")
     engine = ["--backend", "onnxruntime", "--dtype", "fp32", "--quiet"]
-    asked = ["--steps", "2", "--seed", "1", "--size", "64x128", "--control", "edge-net",
-             str(tmp_path / "hint.png"), "scale=0.5", "end=0.5"]
+    asked = ["--steps", "2", "--seed", "1", "--size", "64x128", "--control",
+             f"edge-net={tmp_path / 'hint.png'}:0.5,end=0.5"]
     assert main([str(path), "a cat", *engine, *asked, "-o", str(tmp_path / "a.png")]) == 0
     assert main([str(path), *engine, "--from", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 0
     stored = metadata(tmp_path / "b.png")["request"]["control"]
     assert stored == [{"name": "edge-net", "image": str(tmp_path / "hint.png"), "scale": 0.5, "start": 0.0, "end": 0.5,
                        "preprocessor": None}]
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab"))
-    assert main([str(path), "a cat", *engine, "--control", "edge-net", "-o", str(tmp_path / "c.png")]) == 2
-    assert "expected NAME FILE and any of scale=…, start=…, end=…, preprocessor=…" in capsys.readouterr().err
+    for wrong in ("edge-net", "edge-net=", "edge-net=a.png,from=0.5", "edge-net=a.png:half", "edge-net=a.png,end=2"):
+        with pytest.raises(SystemExit):
+            main([str(path), "a cat", "--control", wrong])
+        assert "argument --control: control" in capsys.readouterr().err
 
 
 def mixed() -> list[Request]:

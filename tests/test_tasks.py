@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from runtime import Pipeline, Request, pictures, tiles
+from runtime.__main__ import main
 from runtime.schedulers import SCHEDULERS
 from tests.tolerances import IMAGE_MAX
 
@@ -333,6 +334,30 @@ def test_files_arrays_and_requests_that_are_repeated(made, tmp_path):
         np.testing.assert_array_equal(first.latents, other.latents)
     with pytest.raises(ValueError, match="its image were given by hand"):
         Request.from_json(by_hand.request.to_json())
+
+
+def test_command_line(made, tmp_path, capsys):
+    """A picture to latents, and latents to a picture; the refiner goes on with what the base model began."""
+    IMAGE.save(tmp_path / "image.png")
+    engine = ["--backend", "onnxruntime", "--dtype", "fp32", "--quiet", "--steps", "4", "--seed", "3"]
+
+    def run(name: str, *options: str) -> int:
+        return main([str(made(name)[1].bundle.path), PROMPT, "--negative", NEGATIVE, *engine, *options])
+
+    noise, picture, refined = (str(tmp_path / name) for name in ("noise.npy", "picture.png", "refined.png"))
+    assert run("sd1", "--image", str(tmp_path / "image.png"), "--task", "invert", "--guidance", "1", "-o", noise) == 0
+    assert run("sd1", "--latents", noise, "--guidance", "1", "--size", "64x128", "-o", picture) == 0
+    found = made("sd1")[1](request_of(image=IMAGE, task="invert", guidance=1.0, steps=4, output="latent")).latents
+    np.testing.assert_array_equal(np.load(noise), found)
+    redrawn = made("sd1")[1](request_of(latents=found, guidance=1.0, steps=4, height=SIZE[0], width=SIZE[1])).images[0]
+    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(redrawn))
+    assert run("sd1", "--latents", str(tmp_path / "image.png"), "-o", noise, "--force") == 2
+    assert "image.png: not latents that can be read" in capsys.readouterr().err
+    assert run("sdxl", "--size", "64x128", "--denoising-end", "0.5", "--refiner", str(made("refiner")[1].bundle.path),
+               "-o", refined) == 0
+    half = made("sdxl")[1](request_of(steps=4, height=SIZE[0], width=SIZE[1], denoising_end=0.5, output="latent"))
+    whole = made("refiner")[1](request_of(steps=4, image=half.latents, denoising_start=0.5)).images[0]
+    assert np.array_equal(np.asarray(Image.open(refined)), np.asarray(whole))
 
 
 def test_a_safety_checker_sees_every_picture(made):
