@@ -69,8 +69,10 @@ def load_latents(path: Path) -> np.ndarray:
     """What `save_latents` wrote. Raises ValueError for any other file."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise ValueError(f"{path}: not latents that can be read ({e}); expected a file of -o FILE.npy") from e
+    except OSError as e:
+        raise ValueError(f"{path}: could not be read ({e})") from e
+    except (ValueError, EOFError) as e:
+        raise ValueError(f"{path}: not latents that can be read, expected a file that -o FILE.npy wrote") from e
     if not isinstance(array, np.ndarray) or array.ndim not in (3, 4):
         raise ValueError(f"{path}: got an array of shape {np.shape(array)}, expected [n, C, h, w] or [C, h, w]")
     return array

@@ -285,6 +285,28 @@ def test_ddim_draws_an_inverted_picture_again(made):
     assert np.linalg.norm(back) < 0.25 * np.linalg.norm(other)
 
 
+SMALL = picture(16, 32, seed=1)
+EACH = {  # task, and by what → model, and what the request brings
+    "text-to-image": ("sd1", {}), "image-to-image": ("sd1", {"image": IMAGE, "strength": 0.5}),
+    "inpaint-blended": ("sd1", {"image": IMAGE, "mask": MASK}), "invert": ("sd2", {
+        "image": IMAGE, "task": "invert", "guidance": 1.0, "output": "latent"}),
+    "inpaint-sd1": ("inpainting", {"image": IMAGE, "mask": MASK}),
+    "inpaint-sd2": ("inpainting_2", {"image": IMAGE, "mask": MASK}),
+    "depth-to-image": ("depth", {"image": IMAGE, "depth": DEPTH}), "upscale": ("upscaler", {"image": SMALL}),
+    "xl": ("sdxl", {}), "refiner": ("refiner", {"image": IMAGE, "strength": 0.7})}
+
+
+@pytest.mark.parametrize("task", EACH)
+def test_every_task_on_openvino(made, task):
+    name, options = EACH[task]
+    _, ours = made(name)
+    if not {"image"} & options.keys():
+        options = {"height": SIZE[0], "width": SIZE[1], **options}
+    other = Pipeline.load(ours.bundle.path, "openvino", dtype="fp32", size=SIZE, progress=False)
+    request = request_of(steps=3, **options)
+    np.testing.assert_allclose(other(request).latents, ours(request).latents, atol=2e-3, rtol=1e-3)
+
+
 def test_a_large_picture_in_tiles(made):
     """Tiles of 64 pixels, each through diffusers' VAE, are what is started from and what is seen."""
     checkpoint, whole = made("sd1")
