@@ -74,9 +74,9 @@ def sd2(path: str | Path, seed: int = 1, levels: int = 4) -> Path:
     return _save(path, unet, _vae(), _text(width=48, layers=2, act="gelu"), _tokenizer(pad="!"), scheduler)
 
 
-def _parts(base: Callable[[Path], Path]) -> dict[str, Any]:
+def _parts(base: Callable[..., Path], **options: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        return DiffusionPipeline.from_pretrained(base(Path(folder) / "base")).components
+        return DiffusionPipeline.from_pretrained(base(Path(folder) / "base", **options)).components
 
 
 def _with_channels(unet: UNet2DConditionModel, extra: int, **options: Any) -> UNet2DConditionModel:
@@ -85,18 +85,18 @@ def _with_channels(unet: UNet2DConditionModel, extra: int, **options: Any) -> UN
 
 
 def inpainting(path: str | Path) -> Path:
-    """SD 1.x with the 9-channel UNet of the inpainting models."""
+    """SD 1.x with the 9-channel UNet of the inpainting models, of two levels."""
     return _inpainting(path, sd1)
 
 
 def inpainting_2(path: str | Path) -> Path:
-    """SD 2.x with the 9-channel UNet of the inpainting models."""
+    """SD 2.x with the 9-channel UNet of the inpainting models, of two levels."""
     return _inpainting(path, sd2)
 
 
-def _inpainting(path: str | Path, base: Callable[[Path], Path]) -> Path:
+def _inpainting(path: str | Path, base: Callable[..., Path]) -> Path:
     torch.manual_seed(3)
-    parts = _parts(base)
+    parts = _parts(base, levels=2)
     StableDiffusionInpaintPipeline(**{**parts, "unet": _with_channels(parts["unet"], 5)},
                                    requires_safety_checker=False).save_pretrained(path)
     return Path(path)
@@ -105,7 +105,7 @@ def _inpainting(path: str | Path, base: Callable[[Path], Path]) -> Path:
 def depth(path: str | Path) -> Path:
     """SD 2.x with the 5-channel UNet of the depth model, and the smallest of depth estimators, which nobody calls."""
     torch.manual_seed(4)
-    parts = _parts(sd2)
+    parts = _parts(sd2, levels=2)
     names = ("vae", "text_encoder", "tokenizer", "scheduler")
     estimator = DPTForDepthEstimation(DPTConfig(
         hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16,
@@ -119,8 +119,8 @@ def depth(path: str | Path) -> Path:
 def upscaler(path: str | Path) -> Path:
     """The x4 upscaler in small, with the text of SD 2.x: 7 channels, noise levels as labels, a VAE of three levels."""
     torch.manual_seed(5)
-    parts = _parts(sd2)
-    options = {"num_class_embeds": 1000, "only_cross_attention": [True, True, True, False]}
+    parts = _parts(sd2, levels=2)
+    options = {"num_class_embeds": 1000, "only_cross_attention": [True, False]}
     betas = {**BETAS, "beta_start": 1e-4, "beta_end": 0.02}
     StableDiffusionUpscalePipeline(
         vae=_vae(3, scaling_factor=0.08333), text_encoder=parts["text_encoder"], tokenizer=parts["tokenizer"],
