@@ -62,8 +62,11 @@ class Result:
     def request_of(self, image: int) -> Request:
         """The request that makes just this image again."""
         latents = None if self.request.latents is None else self.request.latents[image]
+        given = self.request.image
+        if isinstance(given, np.ndarray) and given.ndim == 4:  # latents, one for each image
+            given = given[image]
         assert self.request.seed is not None
-        return dataclasses.replace(self.request, seed=self.request.seed + image, count=1, latents=latents)
+        return dataclasses.replace(self.request, seed=self.request.seed + image, count=1, latents=latents, image=given)
 
 
 class Pipeline:

@@ -80,10 +80,8 @@ class Request:
 
     Of Stable Diffusion XL: original_size, crop, target_size: (height, width) or (top, left) in pixels that the UNet is
     told; by default the picture's size, (0, 0) and the picture's size. aesthetic_score, negative_aesthetic_score: of
-    the refiner. denoising_start, denoising_end: run only that part of the schedule, as a share of it; the base model
-    ends where the refiner starts, and hands it its latents.
-
-    control: a `Control`, or several, of ControlNets that were attached to the bundle; their residuals add up.
+    the refiner, 6 and 2.5 by default. denoising_start, denoising_end: run only that part of the schedule, as a share of
+    it; the base model ends where the refiner starts, and hands it its latents.
 
     Raises ValueError for a value that cannot be.
     """
@@ -116,10 +114,10 @@ class Request:
     paste: bool = False
     noise_level: int | None = None
     original_size: tuple[int, int] | None = None
-    crop: tuple[int, int] = (0, 0)
+    crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
     denoising_start: float | None = None
     denoising_end: float | None = None
     control: tuple[Control, ...] = ()
@@ -142,7 +140,8 @@ class Request:
             if getattr(self, name) is not None:
                 checks.number(name, getattr(self, name), 0.0, 1.0)
         for name in ("aesthetic_score", "negative_aesthetic_score"):
-            checks.number(name, getattr(self, name), 0.0, 1000.0)
+            if getattr(self, name) is not None:
+                checks.number(name, getattr(self, name), 0.0, 1000.0)
         if self.seed is not None:
             checks.whole("seed", self.seed, 0, MAX_SEED - self.count + 1)
         if self.noise_level is not None:

@@ -43,6 +43,12 @@ NEEDS: dict[str, tuple[str, ...]] = {
 WHOLE = ("text-to-image", "upscale", "invert")
 """Tasks that run the whole schedule."""
 
+DDIM = ("ddim", "DDIMScheduler")
+"""The solver that inversion runs backwards."""
+
+AESTHETIC = 6.0, 2.5
+"""Scores that the refiner is told of the picture wanted and of the negative one (diffusers' defaults)."""
+
 NOISE_LEVEL = 20
 """Of an upscaler's low-resolution picture, unless the request says another (diffusers' default)."""
 
@@ -92,13 +98,20 @@ def task_of(request: Request, manifest: Manifest) -> str:
     for name in sorted(brought - set(NEEDS[task])):
         able = " or ".join(t for t, names in NEEDS.items() if name in names)
         raise ValueError(f"{name}: got one, but {task} takes none; leave it out, or use a model that does {able}")
-    for name, where in (("strength", task not in WHOLE), ("noise_level", task == "upscale"),
-                        ("original_size", manifest.time_ids), ("target_size", manifest.time_ids)):
+    encodes, sizes = task not in ("text-to-image", "upscale"), manifest.time_ids
+    for name, where in (
+            ("strength", task not in WHOLE), ("noise_level", task == "upscale"), ("encoding", encodes),
+            ("denoising_start", task not in WHOLE), ("denoising_end", task != "invert"),
+            ("timesteps", task != "invert"), ("scheduler", task != "invert" or request.scheduler in DDIM),
+            ("original_size", sizes), ("crop", sizes), ("target_size", sizes == 6),
+            ("aesthetic_score", sizes == 5), ("negative_aesthetic_score", sizes == 5)):
         if getattr(request, name) is not None and not where:
             raise ValueError(f"{name}: got {getattr(request, name)!r}, which {task} with this {manifest.family} model "
                              "does not have; leave it out")
     if (request.blend != "current" or request.paste) and task != "inpaint":
         raise ValueError(f"blend, paste: got them for {task}, expected them with a picture and a mask; leave them out")
+    if request.paste and _latents(request, manifest) is not None:
+        raise ValueError("paste: got latents to begin with, expected a picture, whose pixels stay; leave it out")
     if request.blend != "current" and manifest.meanings:
         raise ValueError(f"blend: got {request.blend!r} for a model that takes the mask itself, expected none; "
                          "leave it out")
@@ -303,8 +316,9 @@ def _numbers(request: Request, model: Model) -> Inputs:
         found["class_labels"] = np.full(2, request.noise_level, np.int64)
     if model.manifest.time_ids:
         size = request.height, request.width
-        start = [*(request.original_size or size), *request.crop]
-        ends = ([request.negative_aesthetic_score], [request.aesthetic_score]) if model.manifest.time_ids == 5 \
-            else (request.target_size or size,) * 2
+        start = [*(request.original_size or size), *(request.crop or (0, 0))]
+        scores = [own if given is None else given for own, given in
+                  zip(AESTHETIC, (request.aesthetic_score, request.negative_aesthetic_score), strict=True)]
+        ends = ([scores[1]], [scores[0]]) if model.manifest.time_ids == 5 else (request.target_size or size,) * 2
         found["time_ids"] = np.array([[*start, *end] for end in ends], np.float32)
     return found

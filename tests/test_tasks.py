@@ -371,6 +371,8 @@ def test_command_line(made, tmp_path, capsys):
     assert run("sd1", "--latents", noise, "--guidance", "1", "--size", "64x128", "-o", picture) == 0
     found = made("sd1")[1](request_of(image=IMAGE, task="invert", guidance=1.0, steps=4, output="latent")).latents
     np.testing.assert_array_equal(np.load(noise), found)
+    two = made("sd1")[1](request_of(image=np.concatenate([found, found]), count=2, steps=4, strength=0.5))
+    np.testing.assert_array_equal(made("sd1")[1](two.request_of(1)).latents[0], two.latents[1])
     redrawn = made("sd1")[1](request_of(latents=found, guidance=1.0, steps=4, height=SIZE[0], width=SIZE[1])).images[0]
     assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(redrawn))
     assert run("sd1", "--latents", str(tmp_path / "image.png"), "-o", noise, "--force") == 2
@@ -409,6 +411,14 @@ def test_a_safety_checker_sees_every_picture(made):
     ("depth", {"image": IMAGE, "depth": np.ones((4, 4))}, "depth: got 1 everywhere"),
     ("upscaler", {"image": IMAGE, "noise_level": 400}, "noise_level: got 400, expected at most 350"),
     ("refiner", {}, "image: got none, expected one, for this model does"),
+    ("sd1", {"encoding": "mean"}, "encoding: got 'mean', which text-to-image"),
+    ("sd1", {"denoising_start": 0.5}, "denoising_start: got 0.5"),
+    ("sd1", {"crop": (0, 0)}, "crop: got"),
+    ("sdxl", {"aesthetic_score": 7.0}, "aesthetic_score: got 7.0"),
+    ("refiner", {"image": IMAGE, "target_size": (8, 8)}, "target_size: got"),
+    ("sd1", {"image": IMAGE, "task": "invert"}, "output: got 'image' for a picture to invert"),
+    ("sd1", {"image": IMAGE, "task": "invert", "output": "latent", "scheduler": "euler"}, "scheduler: got 'euler'"),
+    ("sd1", {"image": np.zeros((4, 8, 16), np.float32), "mask": MASK, "paste": True}, "paste: got latents"),
     ("sd1", {"task": "upscale"}, "task: got 'upscale', expected one of .* use a model that does upscale"),
     ("sd1", {"task": "inpaint", "image": IMAGE}, "mask: got none"),
     ("sd1", {"task": "draw"}, "task: got 'draw', expected one of text-to-image"),
