@@ -228,6 +228,8 @@ class _Begin:
                 self.start = model.encode(self._picture())
             elif self.start.shape[-3:] != self.shape:
                 raise ValueError(f"image: got latents of shape {self.start.shape[-3:]}, expected {self.shape}")
+        if self.task == "depth-to-image":
+            self.depth = pictures.depth_map(request.depth, self.size)
         self.masked: Encoded | None = None
         if self.manifest.meanings == MASKED:
             self.mask = pictures.hard_mask(pictures.read(request.mask, "mask"), self.pixels)
@@ -253,7 +255,7 @@ class _Begin:
         elif self.blends and request.blend == "next":
             noise.randn(self.shape)  # diffusers encodes the masked picture for these too, and does not use it
         if self.task == "depth-to-image":
-            channels["depth"] = pictures.depth_map(request.depth, self.size)
+            channels["depth"] = self.depth
         known = np.stack([x0, first, self._keep()]) if x0 is not None and self.blends else None
         if known is not None and request.blend == "before":
             known[1] = noise.randn(self.shape)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from engines import TensorSpec
+from engines import EngineError, TensorSpec
 from engines.low_rank import Weight
 from kernels.artefact import artefacts
 from kernels.step_table import width
@@ -135,7 +135,7 @@ class Picture:
         self._gpu.do(lambda: np.copyto(self._arrays["image"], self._arrays["latents"][:, :3]))
 
     def refit(self, weights: Mapping[str, Weight]) -> None:
-        raise NotImplementedError
+        raise EngineError("refit: got weights, expected none: this engine has none")
 
 
 class Shares:
