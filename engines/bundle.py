@@ -22,6 +22,10 @@ FORMAT = 2  # 1 had text-to-image models only
 MANIFEST = "manifest.json"
 CONTROL = "control_"
 """What the name of a component that is a ControlNet begins with; the net's own name follows."""
+RESIDUAL = "residual_"
+"""What the names of the UNet's inputs begin with that are sums of what ControlNets give."""
+STORE, FIRST, PREVIOUS, HIDDEN = "store", "first_", "previous_", "hidden_"
+"""Inputs of the UNet for videos, and of its outputs: `export.frames`."""
 PARTS = ("text", "time", "hint", "body")
 """What the names of the graphs end with that `export.hoist` cuts one into: unet_text, unet_time, unet_body."""
 TASKS = {("mask", "masked_image"): "inpaint", ("depth",): "depth-to-image", ("low_resolution",): "upscale"}

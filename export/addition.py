@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel
 
-from engines.bundle import CONTROL, PARTS, Bundle, Manifest
+from engines.bundle import CONTROL, PARTS, RESIDUAL, Bundle, Manifest
 from export import FAMILIES, ExportError
 from export.checkpoint import load_folder, read_json, weight_files
 from export.control import ControlNet, residual_specs
@@ -203,7 +203,7 @@ def _require_net(where: str, config: Mapping[str, Any], bundle: Bundle) -> None:
         if got != expected:
             raise ExportError(f"{where}: got a ControlNet with {key}={got!r}, expected {expected!r}; it is of a kind "
                               "that is not supported, or for another model than the bundle's")
-    takes = tuple(spec for name, spec in given.items() if name.startswith("residual_"))
+    takes = tuple(spec for name, spec in given.items() if name.startswith(RESIDUAL))
     if residual_specs(config) != takes:
         raise ExportError(f"{where}: got a ControlNet of {len(residual_specs(config))} residuals of "
                           f"{config['block_out_channels']} channels, which are not the {len(takes)} that the bundle's "

@@ -17,14 +17,14 @@ from transformers.utils import logging as transformers_logging
 
 from engines import verify
 from engines.bundle import Check, Component, hash_files
-from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.spec import EngineConfig, EngineError
 from export import ExportError
 from export.addition import Addition
 from export.checkpoint import Checkpoint
-from export.control import add_residuals, adding, residual_specs
 from export.graphs import Graph, graphs
 from export.hoist import Part, hoist
 from export.trace import trace
+from export.variants import variants
 
 logger = logging.getLogger(__name__)
 
@@ -48,21 +48,23 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
                      on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Component]:
     """Write `directory`/`name`.onnx and `name`.onnx.data, and check them; `on_stage` hears of each of STAGES.
 
-    Returns the component by its name, and the parts of `export.hoist` by theirs; after a UNet also unet_control, which
-    takes the residuals of ControlNets, and its body. Only one component's weights are in memory at a time, and
-    PyTorch's are gone before onnxruntime reads the file.
+    Returns the component by its name, and the parts of `export.hoist` by theirs; of a UNet also the
+    `export.variants`. Only one component's weights are in memory at a time, and PyTorch's are gone before onnxruntime
+    reads the file.
     Raises ExportError where the graph is further from PyTorch than `engines.verify.TOLERANCE`.
     """
     on_stage(f"{name}: load")
     graph = _load(name, checkpoint)
     dims = _dims(checkpoint, check=True)
     inputs = graph.example(dims, SEED)
-    expected = _run(graph, inputs)
-    residuals = _residuals(name, checkpoint)
-    added = verify.inputs([spec.resolve(EngineConfig("", **dims).dims) for spec in residuals], SEED)
-    if residuals:
-        with adding(graph.model, [torch.from_numpy(value) for value in added.values()]):
-            controlled = _run(graph, inputs)
+    others = variants(graph.model) if name == "unet" else ()
+    given = {spec.name: spec.resolve(EngineConfig("", **dims).dims) for other in others for spec in other.inputs}
+    added = verify.inputs(given.values(), SEED)
+    expected = {"": _run(graph, inputs)}
+    for other in others:
+        with other.eager(graph.model, {n: torch.from_numpy(value) for n, value in added.items()}) as more:
+            outputs = _run(graph, inputs)
+        expected[other.key] = outputs | {n: value.detach().numpy() for n, value in more.items()}
 
     on_stage(f"{name}: trace")
     graph.to(_DTYPES[dtype])
@@ -78,11 +80,11 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
     cut = hoist(file, invariant, *specs, shapes) if invariant else {}
     parts = [f"{name}_{part}" for part in cut]
     made = {name: Part(*specs, sites), **dict(zip(parts, cut.values(), strict=True))}
-    for plain in (name, f"{name}_body") if residuals else ():
-        if plain in made:
-            target = plain.replace(name, f"{name}_control", 1)
-            sites = add_residuals(directory / f"{plain}.onnx", residuals, directory / f"{target}.onnx")
-            made[target] = Part((*made[plain].inputs, *residuals), made[plain].outputs, sites)
+    for other in others:
+        for plain in (name, *parts[-1:]):
+            base, target = (plain.replace(name, _variant(name, key), 1) for key in (other.base, other.key))
+            sites = other.write(directory / f"{base}.onnx", directory / f"{target}.onnx")
+            made[target] = Part((*made[plain].inputs, *other.inputs), (*made[plain].outputs, *other.outputs), sites)
 
     on_stage(f"{name}: check")
     feed = {spec.name: value.numpy() for spec, value in zip(specs[0], inputs, strict=True)} | added
@@ -96,29 +98,23 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
         logger.info("%s: %s, relative RMS %.1e", ", ".join(names), dtype, check.rel_rms)
         return {n: dataclasses.replace(component, check=check) for n, component in found.items()}
 
-    together = f"{REFERENCE}, the parts together"
-    components = checked([name], expected, REFERENCE)
-    if parts:
-        components |= checked(parts, expected, together)
-    if residuals:
-        control = f"{name}_control"
-        components |= checked([control], controlled, REFERENCE)
+    components: dict[str, Component] = {}
+    for key, outputs in expected.items():
+        whole = _variant(name, key)
+        components |= checked([whole], outputs, REFERENCE)
         if parts:
-            found = checked([*parts[:-1], f"{control}_body"], controlled, together)
-            components[f"{control}_body"] = found[f"{control}_body"]
+            found = checked([*parts[:-1], f"{whole}_body"], outputs, f"{REFERENCE}, the parts together")
+            components |= {n: component for n, component in found.items() if n not in components}
     return components
+
+
+def _variant(name: str, key: str) -> str:
+    return f"{name}_{key}" if key else name
 
 
 def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
     with torch.no_grad():
         return {spec.name: value.numpy() for spec, value in zip(graph.outputs, graph.run(inputs), strict=True)}
-
-
-def _residuals(name: str, checkpoint: Checkpoint | Addition) -> tuple[TensorSpec, ...]:
-    """What a UNet may be given by ControlNets. There are none for upscalers, which is what class labels are for."""
-    if name != "unet" or isinstance(checkpoint, Addition) or checkpoint.unet.get("num_class_embeds") is not None:
-        return ()
-    return residual_specs(checkpoint.unet)
 
 
 def _load(name: str, checkpoint: Checkpoint | Addition) -> Graph:

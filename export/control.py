@@ -16,6 +16,7 @@ import torch
 from onnx_ir.passes import common
 from torch import nn
 
+from engines.bundle import RESIDUAL
 from engines.spec import TensorSpec
 from export import ExportError
 from export.checkpoint import Checkpoint
@@ -38,11 +39,12 @@ def residual_specs(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
         if level + 1 < len(channels):
             shapes.append((width, level + 1))
     shapes.append((channels[-1], len(channels) - 1))
-    return tuple(TensorSpec(f"residual_{n}", "float32", ("batch", width, *_size(level)))
+    return tuple(TensorSpec(f"{RESIDUAL}{n}", "float32", ("batch", width, *level_size(level)))
                  for n, (width, level) in enumerate(shapes))
 
 
-def _size(level: int) -> tuple[str, str]:
+def level_size(level: int) -> tuple[str, str]:
+    """Names of the dimensions of a level of a UNet, 0 for that of the latents."""
     end = f"_{2 ** level}" if level else ""
     return f"latent_height{end}", f"latent_width{end}"
 
@@ -84,17 +86,21 @@ class ControlNet(Graph):
 
 
 @contextlib.contextmanager
-def adding(model: nn.Module, residuals: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Let diffusers' UNet add `residuals` wherever it is called in the block: what `add_residuals` is compared with."""
-    given = {"down_block_additional_residuals": tuple(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
-    handle = model.register_forward_pre_hook(lambda _, args, named: (args, named | given), with_kwargs=True)
+def adding(model: nn.Module, given: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Let diffusers' UNet add residuals wherever it is called in the block: what `add_residuals` is compared with.
+
+    given: by name, among others. Yields what the model gives beside its output: nothing.
+    """
+    *skips, middle = (value for name, value in given.items() if name.startswith(RESIDUAL))
+    more = {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
+    handle = model.register_forward_pre_hook(lambda _, args, named: (args, named | more), with_kwargs=True)
     try:
-        yield
+        yield {}
     finally:
         handle.remove()
 
 
-def add_residuals(file: Path, residuals: Sequence[TensorSpec], target: Path) -> dict[str, int]:
+def add_residuals(residuals: Sequence[TensorSpec], file: Path, target: Path) -> dict[str, int]:
     """Write the UNet in `file`, whole or its body, with inputs `residuals` to `target`; returns its kernel sites.
 
         cat([x, skip_n])  ─▶  cat([x, skip_n + residual_n])      and the x of the first of them + the last residual

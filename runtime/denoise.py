@@ -10,6 +10,7 @@ import numpy as np
 
 from runtime.buffers import BoundEngine
 from runtime.control import Conditions
+from runtime.frames import Memory
 from runtime.noise import Generator
 from runtime.request import Request
 from runtime.schedulers import Table
@@ -24,7 +25,8 @@ class Job:
     the timestep, float32 [rows of `table`, …]. state: float32 [1 + memory, C, h, w], the sample first. known: what is
     blended in after every step, float32 [3, C, h, w]: clean latents, their noise, and the share that is kept. renewed:
     its noise is drawn anew for every step, and it is left out after the last. control: by name, what its ControlNets
-    read. row: next row of `table`. cancelled: set when the user's callback asked for it.
+    read. memory: of a frame of a video, shared by all of them; after: the frame before it. row: next row of `table`.
+    cancelled: set when the user's callback asked for it.
     """
 
     request: Request
@@ -38,6 +40,8 @@ class Job:
     known: np.ndarray | None = None
     renewed: bool = False
     control: Mapping[str, Conditions] = field(default_factory=dict)
+    memory: Memory | None = None
+    after: Job | None = None
     row: int = 0
     cancelled: bool = field(default=False)
 
@@ -51,18 +55,22 @@ class Job:
         return {name for name, given in self.control.items() if given.time["scale"][self.row]}
 
     @property
+    def ready(self) -> bool:
+        """Whether the frame before is a step ahead."""
+        return self.after is None or self.after.row > 0
+
+    @property
     def done(self) -> bool:
         return self.cancelled or self.row == self.table.rows
 
 
-def denoise(unet: Callable[[int], BoundEngine], slots: Slots, jobs: Iterable[Job], after_step: Callable[[Job], None],
-            controlled: Callable[[int], BoundEngine] | None = None,
-            net: Callable[[str, int], BoundEngine] | None = None) -> None:
+def denoise(unet: Callable[[int, str], BoundEngine], slots: Slots, jobs: Iterable[Job],
+            after_step: Callable[[Job], None], net: Callable[[str, int], BoundEngine] | None = None) -> None:
     """Run every job to its end; `after_step(job)` follows every evaluation and may cancel jobs.
 
-    `unet(rows)` gives the bound UNet of that many rows: twice the slots while a guided job is running, with the
-    negative prompts in the first half, or as many as the slots otherwise. Where a ControlNet is used,
-    `controlled(rows)` takes its place, and `net(name, rows)` is the net.
+    `unet(rows, variant)` gives the bound UNet of that many rows: twice the slots while a guided job is running, with
+    the negative prompts in the first half, or as many as the slots otherwise. variant: "frames" with a video among the
+    jobs, else "control" where a ControlNet is used, else "". `net(name, rows)` is the ControlNet of that name.
     """
     waiting = deque(jobs)
     running: list[Job | None] = [None] * slots.count
@@ -81,19 +89,19 @@ def denoise(unet: Callable[[int], BoundEngine], slots: Slots, jobs: Iterable[Job
         guided = any(job.request.guided for _, job in active)
         rows = slots.count * (2 if guided else 1)
         names = sorted(set[str]().union(*(job.nets for _, job in active)))
-        if names and controlled and net:
-            slots.step(controlled(rows), active, {name: net(name, rows) for name in names})
-        else:
-            slots.step(unet(rows), active)
+        video = any(job.memory for _, job in active)
+        variant = "frames" if video else "control" if names else ""
+        slots.step(unet(rows, variant), active, {name: net(name, rows) for name in names} if net else {})
         for _, job in active:
             after_step(job)
     slots.collect()
 
 
 def _next(waiting: deque[Job]) -> Job | None:
-    """The next job that nobody has cancelled meanwhile."""
-    while waiting:
-        job = waiting.popleft()
-        if not job.done:
+    """The next job that is ready and that nobody has cancelled meanwhile."""
+    for job in list(waiting):
+        if job.done or job.ready:
+            waiting.remove(job)
+        if job.ready and not job.done:
             return job
     return None

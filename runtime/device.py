@@ -43,6 +43,9 @@ class Device(Protocol):
     def upload(self, target: Any, source: np.ndarray) -> None:
         """Enqueue a copy; `source` may change as soon as this returns."""
 
+    def copy(self, target: Any, source: Any) -> None:
+        """Enqueue a copy between two arrays of the device, of one shape and dtype."""
+
     def download(self, source: Any) -> Callable[[], np.ndarray]:
         """Enqueue a copy; the function that comes back waits for it and returns it."""
 
@@ -173,6 +176,9 @@ class Cuda:
         block.bytes[:source.nbytes] = source.reshape(-1).view(np.uint8)
         self._part(target).copy_from(self._part(block, source.nbytes), stream=self.stream)
         self._give_back(block)
+
+    def copy(self, target: Array, source: Array) -> None:
+        self._part(target).copy_from(self._part(source), stream=self.stream)
 
     def download(self, source: Array) -> Callable[[], np.ndarray]:
         block = self._staging_block(source.nbytes)

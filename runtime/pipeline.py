@@ -220,12 +220,11 @@ class Pipeline:
                 group = [j for shape, images in zip(shapes, drawn, strict=True) if shape == (size, tokens)
                          for j in images]
                 denoise(partial(self._unet.step, size, tokens=tokens), self._slots_for(size, tokens, group), group,
-                        self._after_step(drawn, bar), partial(self._unet.controlled, size, tokens=tokens),
-                        partial(self._net_of, size, tokens))
+                        self._after_step(drawn, bar), partial(self._net_of, size, tokens))
         return drawn
 
     def _net_of(self, size: tuple[int, int], tokens: int, name: str, rows: int) -> BoundEngine:
-        return self._net(name).step(size, rows, tokens)
+        return self._net(name).step(size, rows, tokens=tokens)
 
     def _net(self, name: str) -> UNet:
         """An attached ControlNet."""
@@ -313,7 +312,7 @@ class Pipeline:
         key = (*size, needed.memory, needed.times, needed.nets)
         if key not in self._slots or self._slots[key].capacity.rows < needed.rows:
             rows = self.batch * (2 if any(job.request.guided for job in jobs) else 1)
-            self._slots[key] = Slots(self._unet.step(size, rows, tokens).device, self.batch, needed)
+            self._slots[key] = Slots(self._unet.step(size, rows, tokens=tokens).device, self.batch, needed)
         return self._slots[key]
 
     def _capture(self) -> None:

@@ -4,7 +4,8 @@ A step is three things enqueued one after another: `step_input` writes what the 
 `guidance_step` takes every image through the next row of its table and counts it on. The host only enqueues; it looks
 at nothing that a step computes unless a request has a callback. Each ControlNet that an image uses comes before the
 UNet: `step_input` for it, the net, and `accumulate`, which sums what the nets give in the UNet's inputs. An image that
-does not use it has a scale of 0 there.
+does not use it has a scale of 0 there. A frame of a video is given what other frames have left in its `Memory`
+(`runtime.frames`) before the UNet runs, and leaves its own there afterwards.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines import EngineError
+from engines.bundle import RESIDUAL, STORE
 from kernels.step_table import fitting_memory, pack, pack_times, time_columns, width
 from runtime.buffers import BoundEngine
 from runtime.device import Device, signature
@@ -33,8 +35,6 @@ ROWS = 32
 
 UNET = ""
 """The UNet's name where ControlNets have theirs."""
-
-RESIDUAL = "residual_"
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Slots:
         self._key = signature({**self._arrays, "timestep": self._timestep})
         self._steps: dict[tuple[BoundEngine, ...], _Step] = {}
         self._held: dict[BoundEngine, list[Job | None]] = {}  # whose fixed inputs an engine has, by slot
+        self._added: set[BoundEngine] = set()  # UNets whose residuals are not zero
         self._marks: deque[Callable[[], None]] = deque()
         self._leaving: list[tuple[Job, Callable[[], np.ndarray]]] = []
 
@@ -140,11 +141,17 @@ class Slots:
         for and have their latents.
 
         unet: of `count` rows, or of twice as many with the negative prompts first. nets: ControlNets of as many rows,
-        by name; the UNet is then one that takes residuals.
+        by name; the UNet is then one that takes residuals. With frames of videos it is one for those.
         """
         nets = nets or {}
         engines = (unet, *nets.values())
         step = self._steps[engines] = self._steps.get(engines) or self._bind(unet, nets)
+        if nets:
+            self._added.add(unet)
+        elif unet in self._added:
+            residuals = unet.block(RESIDUAL)
+            self.device.upload(residuals, np.zeros(residuals.shape, np.float32))
+            self._added.remove(unet)
         for i, job in active:
             self._hold(unet, i, job, job.fixed)
             for name, given in job.control.items():
@@ -154,7 +161,12 @@ class Slots:
                 self._put("noise", i, job.noise.randn(self.capacity.latent)[None])
             if job.renewed:
                 self._renew(i, job)
+            if job.memory and job.after:
+                job.memory.read(unet, self._rows(unet, i), job.row)
         self.device.run(step.key, step.enqueue)
+        for i, job in active:
+            if job.memory:
+                job.memory.write(unet, self._rows(unet, i), job.row, first=job.after is None)
         self._marks.append(self.device.mark())
         if len(self._marks) > AHEAD:
             self._marks.popleft()()
@@ -196,16 +208,21 @@ class Slots:
         held = self._held.setdefault(engine, [None] * self.count)
         if held[i] is not job:
             self._put_fixed(engine, i, fixed)
+            if STORE in engine.buffers:
+                self._put_fixed(engine, i, {STORE: np.full(2, job.after is None, np.float32)})
             held[i] = job
 
     def _put(self, name: str, i: int, values: np.ndarray) -> None:
         self.device.upload(self._arrays[name][i], values)
 
     def _put_fixed(self, unet: BoundEngine, i: int, fixed: Mapping[str, np.ndarray]) -> None:
-        first = unet.buffers["sample"].shape[0] - self.count
         for name, values in fixed.items():  # without guidance both are the same row, the positive one last
-            for row, value in ((i, values[:1]), (first + i, values[1:])):
+            for row, value in zip(self._rows(unet, i), (values[:1], values[1:]), strict=True):
                 self.device.upload(unet.buffers[name][row:row + 1], value)
+
+    def _rows(self, unet: BoundEngine, i: int) -> tuple[int, int]:
+        """Rows of slot `i`, negative prompt first."""
+        return i, unet.buffers["sample"].shape[0] - self.count + i
 
     def _renew(self, i: int, job: Job) -> None:
         """Other noise for what is blended in before the next step; nothing is, after the last."""

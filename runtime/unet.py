@@ -36,13 +36,14 @@ class UNet:
             self._engine(f"{self._name}_time", TIME_ROWS)
         self.step(size, rows)
 
-    def step(self, size: tuple[int, int], rows: int, tokens: int = 0) -> BoundEngine:
-        """The engine that reads sample, text and time, and writes noise_pred."""
-        return self._engine(self._body, rows, *size, tokens=tokens)
+    def step(self, size: tuple[int, int], rows: int, variant: str = "", *, tokens: int = 0) -> BoundEngine:
+        """The engine that reads sample, text and time, and writes noise_pred.
 
-    def controlled(self, size: tuple[int, int], rows: int, tokens: int = 0) -> BoundEngine:
-        """The engine of `step` that also adds the residuals of ControlNets, of a UNet that can be given some."""
-        return self._engine(self._body.replace(self._name, f"{self._name}_control", 1), rows, *size, tokens=tokens)
+        variant: "control" for one that also adds residuals of ControlNets, "frames" for one that also attends to other
+        frames of a video (`export.variants`), of a UNet that has them.
+        """
+        body = self._body.replace(self._name, f"{self._name}_{variant}", 1) if variant else self._body
+        return self._engine(body, rows, *size, tokens=tokens)
 
     def hint(self, picture: np.ndarray) -> Inputs:
         """Of a ControlNet: what it makes of its hint, [1, …]; picture: float32 [3, height, width] in [0, 1]."""

@@ -56,6 +56,9 @@ class Deferred(TorchHost):
         copy = np.array(source)
         self.queue.append(lambda: Host.upload(self, target, copy))
 
+    def copy(self, target: np.ndarray, source: np.ndarray) -> None:
+        self.queue.append(lambda: Host.copy(self, target, source))
+
     def download(self, source: np.ndarray) -> Callable[[], np.ndarray]:
         found: list[np.ndarray] = []
         self.queue.append(lambda: found.append(source.copy()))
@@ -126,6 +129,27 @@ class ControlledWave(Wave):
             self._tensors["residual_1"][:, 2][:, None, None, None])
 
 
+class FramedWave(ControlledWave):
+    """`ControlledWave`, and attention to other frames of a video: hidden_0 is a line of the sample times text[1, 2],
+    and that line of noise_pred gets a tenth of how those of the first frame differ, and two tenths of how those of the
+    one before do.
+    """
+
+    def __init__(self, rows: int, number: int | None = None) -> None:
+        super().__init__(rows, number)
+        shape = (rows, 2, LATENT[2])
+        self.inputs = {**self.inputs, "store": TensorSpec("store", "float32", (rows,)),
+                       **{name: TensorSpec(name, "float32", shape) for name in ("first_0", "previous_0")}}
+        self.outputs = {**self.outputs, "hidden_0": TensorSpec("hidden_0", "float32", shape)}
+
+    def enqueue(self, stream: Any = None) -> None:
+        super().enqueue(stream)
+        t, own = self._tensors, self._tensors["store"][:, None, None] > 0.5
+        t["hidden_0"][...] = t["sample"][:, :2, 0] * t["text"][:, 1, 2][:, None, None]
+        told = [torch.where(own, 0, t[name] - t["hidden_0"]) for name in ("first_0", "previous_0")]
+        t["noise_pred"][:, :2, 0] += 0.1 * told[0] + 0.2 * told[1]
+
+
 class Ripple(Wave):
     """A ControlNet: residual_0 = scale / 10 · sin(sample + timestep / 300 + hint[1]), residual_1 = scale · hint."""
 
@@ -188,14 +212,16 @@ def expected(job: Job, steps: int | None = None) -> np.ndarray:
     return state[0]
 
 
-def waves(device: Device, number: int | None = None, kind: type[Wave] = Wave) -> Callable[[int], BoundEngine]:
-    """The bound UNet of so many rows, made at its first use."""
-    bound: dict[int, BoundEngine] = {}
+def waves(device: Device, number: int | None = None, kind: type[Wave] = Wave) -> Callable[..., BoundEngine]:
+    """The bound UNet of so many rows and of a variant, made at its first use."""
+    kinds = {"": kind, "control": ControlledWave, "frames": FramedWave}
+    bound: dict[tuple[int, str], BoundEngine] = {}
 
-    def unet(rows: int) -> BoundEngine:
-        if rows not in bound:
-            bound[rows] = BoundEngine(kind(rows, number), device)
-        return bound[rows]
+    def unet(rows: int, variant: str = "") -> BoundEngine:
+        key = rows, variant
+        if key not in bound:
+            bound[key] = BoundEngine(kinds[variant](rows, number), device)
+        return bound[key]
 
     return unet
 

@@ -155,9 +155,9 @@ def array(address: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.n
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
 
 
-def waves(device: Cuda, gpu: Gpu) -> Callable[[int], BoundEngine]:
+def waves(device: Cuda, gpu: Gpu) -> Callable[..., BoundEngine]:
     bound: dict[int, BoundEngine] = {}
-    return lambda rows: bound.setdefault(rows, bound.get(rows) or BoundEngine(GpuWave(rows, gpu), device))
+    return lambda rows, variant="": bound.setdefault(rows, bound.get(rows) or BoundEngine(GpuWave(rows, gpu), device))
 
 
 def jobs_end_where_each_ends_alone(gpu: Gpu, kernels: Path) -> None:

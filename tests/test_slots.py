@@ -5,7 +5,7 @@ What runs on a GPU differs from `TorchHost` in where the arrays are and in who c
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,12 +15,13 @@ from runtime.buffers import BoundEngine, layout
 from runtime.control import Conditions
 from runtime.denoise import Job, denoise
 from runtime.device import Device
+from runtime.frames import Memory
 from runtime.host import Host
 from runtime.slots import AHEAD, Capacity, Slots
+from runtime.step import advance, guide
 from tests.conftest import Lazy
 from tests.device_cases import (
     LATENT,
-    ControlledWave,
     Deferred,
     Ripple,
     TorchHost,
@@ -86,12 +87,71 @@ def test_images_with_other_control_nets_end_where_each_ends_alone(device: Device
                 net.time["timestep"][...] = one.time["timestep"]
     assert {tuple(sorted(j.control)) for j in jobs} == {(), ("late",), ("soft",), ("late", "soft")}
     nets = {name: waves(device, kind=Ripple) for name in ("late", "soft")}
-    plain, controlled = waves(device), waves(device, kind=ControlledWave)
-    denoise(plain, Slots(device, 2, Capacity.of(jobs)), jobs, nothing, controlled, lambda name, rows: nets[name](rows))
+    denoise(waves(device), Slots(device, 2, Capacity.of(jobs)), jobs, nothing, lambda name, rows: nets[name](rows))
     for done, single in zip(jobs, alone, strict=True):
         check(done, expected(single))
     without = mixed()
     assert max(np.abs(done.latents - expected(one)).max() for done, one in zip(jobs, without, strict=True)) > 0.1
+
+
+def video(index: int, frames: int = 4, **options: Any) -> list[Job]:
+    """Frames that differ in their noise."""
+    memory = Memory(job(index, **options).table.rows)
+    made = [job(index, seed=10 * index + n, **options) for n in range(frames)]
+    for n, one in enumerate(made):
+        one.memory, one.after = memory, made[n - 1] if n else None
+    return made
+
+
+def expected_video(frames: list[Job]) -> list[np.ndarray]:
+    """Each after the other in numpy; what the first and the last have seen is kept by the number of the step."""
+    first: dict[int, np.ndarray] = {}
+    previous: dict[int, np.ndarray] = {}
+    found = []
+    for one in frames:
+        state, text = one.state.copy(), one.fixed["text"][:, 1, 2]
+        for i in range(one.table.rows):
+            sample = state[0] * np.float32(one.table.input_scale[i])
+            shift = one.time["timestep"][i] / 300 + one.time["features"][i, 3]
+            hidden = text[:, None, None] * sample[:2, 0]
+            seen = [hidden, hidden] if one.after is None else [first[i], previous[i]]
+            first.setdefault(i, hidden)
+            previous[i] = hidden
+            rows = text[:, None, None, None] * np.sin(sample + shift)
+            rows[:, :2, 0] += 0.1 * (seen[0] - hidden) + 0.2 * (seen[1] - hidden)
+            m = guide(rows[0], rows[1], one.request.guidance, one.request.guidance_rescale) \
+                if one.request.guided else rows[1]
+            advance(state, m, one.noise.randn(LATENT) if one.table.draws[i] else None, one.table, i)
+        found.append(state[0])
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_frames_of_videos_end_where_they_end_one_after_another(device: Device, count: int) -> None:
+    """Two videos and other images, some with ControlNets; frames of one video run side by side, a step apart."""
+    def made() -> tuple[list[Job], list[Job], list[Job]]:
+        others = [job(7, seed=70), job(8, seed=80, steps=2, guidance=1.0), job(9, seed=90, steps=6)]
+        others[2].control = controls(1, others[2].table.rows)
+        others[2].control["late"].time["timestep"][...] = others[2].time["timestep"]
+        return video(0, guidance=4.0, steps=5), video(1, guidance=1.0, scheduler="euler_ancestral"), others
+
+    ours, truth = made(), made()
+    net, widths = waves(device, kind=Ripple), set()
+
+    def unet(rows: int, variant: str) -> BoundEngine:
+        widths.add(sum(0 < one.row < one.table.rows for one in ours[0]))
+        return waves_of(rows, variant)
+
+    waves_of, jobs = waves(device), [*ours[0], *ours[2], *ours[1]]
+    denoise(unet, Slots(device, count, Capacity.of(jobs)), jobs, nothing, lambda name, rows: net(rows))
+    assert max(widths) >= min(count, 3), "frames of one video do not run side by side"
+    for group in range(2):
+        for done, latents in zip(ours[group], expected_video(truth[group]), strict=True):
+            check(done, latents)
+    for done, single in zip(ours[2], truth[2], strict=True):
+        check(done, expected(single))
+    alone = video(0, guidance=4.0, steps=5)
+    assert np.abs(ours[0][2].latents - expected(alone[2])).max() > 0.1, "frames do not see each other"
 
 
 def test_a_wrong_number_is_noticed(device: Device) -> None:
