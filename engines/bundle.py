@@ -142,7 +142,10 @@ class Manifest:
         if self.meanings:
             return (TASKS[self.meanings],)
         encodes = "vae_encoder" in self.components
-        found = ("text-to-image", "image-to-image", "inpaint", "invert") if encodes else ("text-to-image",)
+        found: tuple[str, ...] = ("text-to-image", "image-to-image", "inpaint", "invert") if encodes \
+            else ("text-to-image",)
+        if encodes and "unet_frames" in self.components:
+            found += ("video",)
         return found if self.time_ids != 5 else found[1:]
 
     def to_json(self) -> dict[str, Any]:

@@ -181,10 +181,11 @@ def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (),
 
 
 def used(bundle: Bundle, backend: str) -> list[str]:
-    """The components that the runtime runs with this backend; a UNet that takes residuals only with a ControlNet."""
+    """The components that the runtime runs with this backend; a UNet that takes residuals only with a ControlNet, and
+    never the one for videos, which is built when it is named or first used."""
     def runs(name: str) -> bool:
         whole = bundle.part_of(name)
-        if (whole or name) == "unet_control" and not bundle.controls:
+        if (whole or name) == "unet_frames" or ((whole or name) == "unet_control" and not bundle.controls):
             return False
         return engines.in_parts(bundle, backend, whole or name) == (whole is not None)
 

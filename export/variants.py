@@ -37,14 +37,17 @@ class Variant:
 
 
 def variants(model: nn.Module) -> tuple[Variant, ...]:
-    """Those of a UNet of diffusers. There are none of upscalers, which is what class labels are for."""
+    """Those of a UNet of diffusers: none of an upscaler, which is what class labels are for, and none for videos of one
+    that takes more than latents."""
     if model.config.get("num_class_embeds") is not None:
         return ()
     residuals = residual_specs(model.config)
+    control = Variant("control", "", residuals, (), partial(add_residuals, residuals), adding)
+    if model.config["in_channels"] != model.config["out_channels"]:
+        return (control,)
     given, gives = frame_specs(model)
-    return (Variant("control", "", residuals, (), partial(add_residuals, residuals), adding),
-            Variant("frames", "control", (*residuals, *given), gives, partial(add_frames, tuple(layers(model)), given,
-                                                                              gives), _across))
+    write = partial(add_frames, tuple(layers(model)), given, gives)
+    return control, Variant("frames", "control", (*residuals, *given), gives, write, _across)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ import logging
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 import engines
 from engines import Bundle
 from engines.choice import choose
 from engines.interrupt import interruptible
-from runtime import EngineError, Pipeline, Request, Result, images, tasks
+from runtime import EngineError, Pipeline, Request, Result, images, tasks, video
 from runtime.options import LATENTS, parser, requests_of
 
 
@@ -46,16 +48,20 @@ def _run(args: argparse.Namespace) -> int:
                     for r, half, end in zip(requests, first, ends, strict=True)]
     pipe, why = _open(args, args.refiner or args.bundle, requests)
     results = pipe(requests)
-    drawn = []
+    drawn: list[Image.Image] = []
     for result, files in zip(results, targets, strict=True):
-        if args.target.suffix == LATENTS:
-            for latents, file in zip(result.latents, files, strict=True):
-                images.save_latents(latents[None], file, force=args.force)
-        for i, (image, file) in enumerate(zip(result.images, files, strict=False)):
-            record = {"request": result.request_of(i).to_json(), "model": pipe.bundle.manifest.provenance,
-                      "backend": pipe.backend, "dtype": pipe.dtype}
-            images.save(image, file, record, force=args.force)
-            drawn.append(image)
+        one = result.request
+        each = [result.latents] if one.frames is not None else [latents[None] for latents in result.latents]
+        for latents, file in zip(each if files[0].suffix == LATENTS else (), files, strict=False):
+            images.save_latents(latents, file, force=args.force)
+        about = {"model": pipe.bundle.manifest.provenance, "backend": pipe.backend, "dtype": pipe.dtype}
+        if one.frames is not None and result.images:
+            clip = video.read(one.frames, "frames", one.every, one.limit)
+            video.write(result.images, files[0], clip.rate, {"request": one.to_json(), **about}, args.force, clip.names)
+        else:
+            for i, (image, file) in enumerate(zip(result.images, files, strict=False)):
+                images.save(image, file, {"request": result.request_of(i).to_json(), **about}, force=args.force)
+        drawn += result.images
     if args.grid:
         images.save(images.grid(drawn), args.grid, force=args.force)
     _report(args, pipe, why, results, targets)
@@ -81,12 +87,24 @@ def _open(args: argparse.Namespace, path: Path, requests: list[Request]) -> tupl
 
 def _targets(args: argparse.Namespace, requests: list[Request]) -> list[list[Path]]:
     """The file of every image; names are numbered when there are several. Refuses what exists before any work."""
-    total = sum(r.count for r in requests)
-    paths = [args.target if total == 1 else args.target.with_stem(f"{args.target.stem}-{i}") for i in range(total)]
-    for path in [*paths, *([args.grid] if args.grid else [])]:
-        images.check_target(path, args.force)
+    clips = [r.frames is not None for r in requests for _ in range(r.count)]
+    target, total = args.target or _default_target(requests[0]), len(clips)
+    paths = [target if total == 1 else target.with_stem(f"{target.stem}-{i}") for i in range(total)]
+    for path, clip in zip(paths, clips, strict=True):
+        (video if clip and path.suffix != LATENTS else images).check_target(path, args.force)
+    if args.grid:
+        images.check_target(args.grid, args.force)
     files = iter(paths)
     return [[next(files) for _ in range(r.count)] for r in requests]
+
+
+def _default_target(request: Request) -> Path:
+    """Of a video in the form that it came in, where that can be written."""
+    if request.frames is None:
+        return Path("latentrt.png")
+    ending = Path(request.frames).suffix.lower()
+    folder = Path(request.frames).is_dir() or not ending
+    return Path("latentrt" if folder else f"latentrt{ending if ending in video.WRITTEN else '.mp4'}")
 
 
 def _report(args: argparse.Namespace, pipe: Pipeline, why: str, results: list[Result],

@@ -70,6 +70,14 @@ def picture(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {type(value).__name__}, expected the path of a picture, a PIL image or an array")
 
 
+def video(name: str, value: object) -> None:
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            picture(name, one)
+    else:
+        picture(name, value)
+
+
 def embeddings(value: Any) -> tuple[str, ...]:
     if isinstance(value, (str, Path)) or not all(isinstance(one, (str, Path)) for one in value):
         raise ValueError(f"embeddings: got {value!r}, expected a list of FILE or NAME=FILE")

@@ -20,9 +20,10 @@ class Control:
     """One ControlNet of a request.
 
     name: that it was attached under. image: its hint, a file, PIL image or array as of `Request.image`, RGB; resized to
-    the picture's size. preprocessor: "canny" where the hint is the edges of `image` (`runtime.hints`), None where it is
-    `image` itself. scale: what its residuals are multiplied by. start, end: the share of the steps that it is used in:
-    from which on, and until which. Raises ValueError for a value that cannot be.
+    the picture's size; for a video also one of its own, as of `Request.frames`. preprocessor: "canny" where the hint is
+    the edges of `image` (`runtime.hints`), None where it is `image` itself. scale: what its residuals are multiplied
+    by. start, end: the share of the steps that it is used in: from which on, and until which. Raises ValueError for a
+    value that cannot be.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Control:
             raise ValueError(f"control: got the name {self.name!r}, expected that of an attached ControlNet")
         if self.image is None:
             raise ValueError(f"control: got no image for {self.name}, expected its hint; pass one")
-        checks.picture("control", self.image)
+        checks.video("control", self.image)
         if self.preprocessor is not None:
             checks.choice("control preprocessor", self.preprocessor, tuple(PREPROCESSORS))
         checks.number("control scale", self.scale, -1000.0, 1000.0)

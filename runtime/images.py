@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +41,25 @@ def save(image: Image.Image, path: Path, metadata: dict[str, Any] | None = None,
     check_target(path, force)
     info = PngImagePlugin.PngInfo()
     info.add_itxt(KEY, json.dumps(metadata or {}, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    try:
+    with replacing(path) as name:
         image.save(name, pnginfo=info) if path.suffix.lower() == ".png" else image.save(name)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def save_latents(latents: np.ndarray, path: Path, force: bool = False) -> None:
     """Write float32 [n, C, h, w] as numpy does, whole or not at all. Raises what `check_target` raises."""
     check_target(path, force)
+    with replacing(path) as name:
+        np.save(name, latents.astype(np.float32))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[str]:
+    """A temporary name of the same ending, which becomes `path` when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, latents.astype(np.float32))
+        yield name
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     finally:

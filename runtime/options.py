@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.options import picture_size, setting
-from runtime import Control, Lora, Request, images
+from runtime import Control, Lora, Request, images, video
 from runtime.request import BLENDS, ENCODINGS, PROMPT_STYLES, TASKS
 from runtime.schedulers import names
 
@@ -22,6 +22,7 @@ examples:
   python -m runtime sd15.bundle "an oil painting of a fox" --image fox.jpg --strength 0.6 -o painting.png
   python -m runtime sd15.bundle "a cat on a bench" --image bench.png --mask white-is-repainted.png -o cat.png
   python -m runtime x4.bundle "a white cat" --upscale small.png -o large.png
+  python -m runtime sd15.bundle "a woman with red hair" --frames walk.mp4 --every 10 --limit 10 -o hair.mp4
 """
 
 
@@ -43,12 +44,13 @@ def requests_of(args: argparse.Namespace) -> list[Request]:
         changes["latents"] = images.load_latents(Path(args.latents))
     if args.image and args.image.endswith(LATENTS):
         changes["image"] = images.load_latents(Path(args.image))
-    if args.target.suffix == LATENTS:
+    if args.target and args.target.suffix == LATENTS:
         changes["output"] = "latent"
     if args.control:
         changes["control"] = tuple(args.control)
     if args.source:
-        start = Request.from_json(images.metadata(args.source)["request"])
+        stored = (video if video.is_video(args.source) else images).metadata(args.source)
+        start = Request.from_json(stored["request"])
         prompts = args.prompt or [start.prompt]
         return [dataclasses.replace(start, **{**changes, "prompt": prompt}) for prompt in prompts]
     if not args.prompt:
@@ -97,6 +99,10 @@ def parser() -> argparse.ArgumentParser:
     add("--depth", metavar="FILE", help="depth map, for models that take one")
     add("--upscale", metavar="FILE", help="enlarge this picture four times, with an upscaling model")
     add("--noise-level", type=int, metavar="N", help="noise in the picture that is enlarged (default 20)")
+    add("--frames", metavar="FILE", help="draw every frame of this video anew: a folder of pictures, a GIF, an MP4; "
+        "hints of ControlNets may be videos too. -o says what is written: FILE.mp4, FILE.gif, or a folder")
+    add("--every", type=int, metavar="N", help="take every N-th frame only")
+    add("--limit", type=int, metavar="N", help="take N frames at most")
     add("--task", choices=TASKS, help="refuse to do another (default: what the pictures given say)")
     add("--control", type=_given(Control.parse), action="append", metavar="NAME=FILE[:SCALE][,KEY=VALUE]",
         help="a ControlNet that is attached to the bundle, and its hint, as canny=edges.png:0.8; keys: start and end, "
@@ -112,10 +118,10 @@ def parser() -> argparse.ArgumentParser:
     add("--denoising-start", type=float, metavar="F", help="0 to 1: leave out the schedule until here; of the refiner")
     add("--denoising-end", type=float, metavar="F", help="0 to 1: leave out the schedule from here on; of the base")
     add = command.add_argument
-    add("--from", dest="source", type=Path, metavar="FILE.png", help="repeat the request stored in a picture; "
+    add("--from", dest="source", type=Path, metavar="FILE.png", help="repeat the request stored in a picture or video; "
         "options given here change it")
-    add("-o", "--output", dest="target", type=Path, default=Path("latentrt.png"), metavar="FILE",
-        help="picture to write, numbered when there are several (default %(default)s); FILE.npy for its latents")
+    add("-o", "--output", dest="target", type=Path, metavar="FILE", help="picture to write, numbered when there are "
+        "several (default latentrt.png, of a video latentrt in the form of --frames); FILE.npy for its latents")
     add("--latents", metavar="FILE.npy", help="start from these latents in place of noise")
     add("--grid", type=Path, metavar="FILE", help="also write all pictures on one")
     add("--force", action="store_true", help="replace pictures that exist")

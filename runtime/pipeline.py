@@ -22,7 +22,7 @@ from engines.choice import choose
 from engines.gpu import gpus
 from engines.runtime_kernels import runtime_kernels
 from kernels.artefact import KernelError
-from runtime import checks, pictures, tiles
+from runtime import checks, pictures, tiles, video
 from runtime.buffers import BoundEngine
 from runtime.decode import Decoder
 from runtime.denoise import Job, denoise
@@ -60,7 +60,9 @@ class Result:
     withheld: tuple[int, ...] = ()
 
     def request_of(self, image: int) -> Request:
-        """The request that makes just this image again."""
+        """The request that makes just this image again, or the whole video that it is a frame of."""
+        if self.request.frames is not None:
+            return self.request
         latents = None if self.request.latents is None else self.request.latents[image]
         given = self.request.image
         if isinstance(given, np.ndarray) and given.ndim == 4:  # latents, one for each image
@@ -370,7 +372,10 @@ class Pipeline:
                 raise ValueError(f"control: got {control.name!r}, expected one that is attached "
                                  f"({', '.join(attached) or 'none is'}); attach it with: python -m export CONTROLNET "
                                  f"--into {self.bundle.path} --as {control.name}")
-            pictures.read(control.image, "control")
+            if request.frames is None:
+                pictures.read(control.image, "control")
+            else:
+                video.read(control.image, "control", limit=1)
         request = resolve(request, manifest, self.size)
         height, width = _size(request)
         self.bundle.check_size(height, width)

@@ -16,13 +16,13 @@ from runtime.control import Control, read_controls
 from runtime.lora import Lora, as_loras
 from runtime.prompt import parse
 
-TASKS = ("text-to-image", "image-to-image", "inpaint", "depth-to-image", "upscale", "invert")
+TASKS = ("text-to-image", "image-to-image", "inpaint", "depth-to-image", "upscale", "invert", "video")
 OUTPUTS = ("image", "latent")
 PROMPT_STYLES = ("plain", "weighted")
 BLENDS = ("current", "next", "before")
 ENCODINGS = ("sample", "mean")
 MAX_SEED = 2**64 - 1
-PICTURES = ("image", "mask", "depth")
+PICTURES = ("image", "mask", "depth", "frames")
 """Fields that hold pictures: the file they come from is stored with a request, what is given by hand is not."""
 NOT_STORED = (*PICTURES, "latents")
 
@@ -77,6 +77,9 @@ class Request:
     just taken ("current"), of the step that follows ("next", as diffusers does today), or with new noise before every
     step ("before", as CompVis does). paste: put the picture's own pixels back where the mask is black.
     noise_level: of the low-resolution picture in the x4 upscaler; higher invents more.
+    frames: a video, whose frames are drawn anew one after another, each image-to-image, attending to the first and to
+    the one before it: what `runtime.video.read` takes. every, limit: take every so manieth frame, at most so many.
+    Frame i uses seed + i. The hint of a ControlNet may be a video too, of which the same frames are taken.
 
     Of Stable Diffusion XL: original_size, crop, target_size: (height, width) or (top, left) in pixels that the UNet is
     told; by default the picture's size, (0, 0) and the picture's size. aesthetic_score, negative_aesthetic_score: of
@@ -113,6 +116,9 @@ class Request:
     blend: str = "current"
     paste: bool = False
     noise_level: int | None = None
+    frames: Any = field(default=None, compare=False)
+    every: int = 1
+    limit: int | None = None
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
@@ -158,7 +164,10 @@ class Request:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checks.pair(name, getattr(self, name), low))
         for name in PICTURES:
-            checks.picture(name, getattr(self, name))
+            (checks.video if name == "frames" else checks.picture)(name, getattr(self, name))
+        checks.whole("every", self.every, 1, 10_000)
+        if self.limit is not None:
+            checks.whole("limit", self.limit, 1, 10_000)
         object.__setattr__(self, "control", read_controls(self.control))
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", checks.timesteps(self.timesteps))

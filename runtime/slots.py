@@ -93,7 +93,7 @@ class Slots:
         self._key = signature({**self._arrays, "timestep": self._timestep})
         self._steps: dict[tuple[BoundEngine, ...], _Step] = {}
         self._held: dict[BoundEngine, list[Job | None]] = {}  # whose fixed inputs an engine has, by slot
-        self._added: set[BoundEngine] = set()  # UNets whose residuals are not zero
+        self._bare: set[BoundEngine] = set()  # UNets for videos whose residuals are known to be zero
         self._marks: deque[Callable[[], None]] = deque()
         self._leaving: list[tuple[Job, Callable[[], np.ndarray]]] = []
 
@@ -104,6 +104,7 @@ class Slots:
         self._marks.clear()
         self.device.upload(self._arrays["progress"], np.zeros((self.count, 3), np.int32))
         self._held.clear()
+        self._bare.clear()
 
     def enter(self, i: int, job: Job) -> None:
         """Put a job into slot `i`."""
@@ -147,11 +148,11 @@ class Slots:
         engines = (unet, *nets.values())
         step = self._steps[engines] = self._steps.get(engines) or self._bind(unet, nets)
         if nets:
-            self._added.add(unet)
-        elif unet in self._added:
+            self._bare.discard(unet)
+        elif STORE in unet.buffers and unet not in self._bare:
             residuals = unet.block(RESIDUAL)
             self.device.upload(residuals, np.zeros(residuals.shape, np.float32))
-            self._added.remove(unet)
+            self._bare.add(unet)
         for i, job in active:
             self._hold(unet, i, job, job.fixed)
             for name, given in job.control.items():

@@ -8,6 +8,7 @@
     upscale           from noise, with a noised low-resolution picture as channels of the UNet
     invert            from a picture to the noise that DDIM draws it from, which is what `Result.latents` then are; no
                       other solver and, best, guidance 1
+    video             every frame image-to-image, by a UNet that attends to the first frame and to the one before
 
 A manifest says which of them its model does. Noise is drawn in the order in which diffusers draws it: that of a
 low-resolution picture, of the picture's latents, of the start, of the masked picture's latents.
@@ -25,9 +26,10 @@ import numpy as np
 from PIL import Image
 
 from engines.bundle import Manifest
-from runtime import checks, pictures
+from runtime import checks, pictures, video
 from runtime.control import Conditions, Control
 from runtime.denoise import Job
+from runtime.frames import Memory
 from runtime.hints import PREPROCESSORS
 from runtime.noise import Generator
 from runtime.request import PICTURES, Request
@@ -37,7 +39,7 @@ from runtime.unet import Inputs, UNet
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "text-to-image": (), "image-to-image": ("image",), "inpaint": ("image", "mask"),
-    "depth-to-image": ("image", "depth"), "upscale": ("image",), "invert": ("image",)}
+    "depth-to-image": ("image", "depth"), "upscale": ("image",), "invert": ("image",), "video": ("frames",)}
 """Task → the pictures that a request brings."""
 
 WHOLE = ("text-to-image", "upscale", "invert")
@@ -83,7 +85,8 @@ def task_of(request: Request, manifest: Manifest) -> str:
     """
     tasks = manifest.tasks
     brought = {name for name in PICTURES if getattr(request, name) is not None}
-    wanted = "inpaint" if "mask" in brought else "image-to-image" if "image" in brought else "text-to-image"
+    wanted = next((task for name, task in (("frames", "video"), ("mask", "inpaint"), ("image", "image-to-image"))
+                   if name in brought), "text-to-image")
     task = wanted if wanted in tasks else tasks[0]
     if request.task == "invert" and request.output != "latent":
         raise ValueError(f"output: got {request.output!r} for a picture to invert, expected 'latent': what comes "
@@ -103,13 +106,19 @@ def task_of(request: Request, manifest: Manifest) -> str:
             ("strength", task not in WHOLE), ("noise_level", task == "upscale"), ("encoding", encodes),
             ("denoising_start", task not in WHOLE), ("denoising_end", task != "invert"),
             ("timesteps", task != "invert"), ("scheduler", task != "invert" or request.scheduler in DDIM),
+            ("limit", task == "video"), ("latents", task != "video"),
             ("original_size", sizes), ("crop", sizes), ("target_size", sizes == 6),
             ("aesthetic_score", sizes == 5), ("negative_aesthetic_score", sizes == 5)):
-        if getattr(request, name) is not None and not where:
-            raise ValueError(f"{name}: got {getattr(request, name)!r}, which {task} with this {manifest.family} model "
-                             "does not have; leave it out")
+        if (value := getattr(request, name)) is not None and not where:
+            got = f"an array {value.shape}" if isinstance(value, np.ndarray) else repr(value)
+            raise ValueError(f"{name}: got {got}, which {task} with this {manifest.family} model does not have; "
+                             "leave it out")
     if (request.blend != "current" or request.paste) and task != "inpaint":
         raise ValueError(f"blend, paste: got them for {task}, expected them with a picture and a mask; leave them out")
+    if task == "video" and request.count != 1:
+        raise ValueError(f"count: got {request.count} for a video, expected 1; draw another one with another seed")
+    if task != "video" and request.every != 1:
+        raise ValueError(f"every: got {request.every}, which {task} does not have; leave it out")
     if request.paste and _latents(request, manifest) is not None:
         raise ValueError("paste: got latents to begin with, expected a picture, whose pixels stay; leave it out")
     if request.blend != "current" and manifest.meanings:
@@ -144,10 +153,17 @@ def picture_size(request: Request, manifest: Manifest) -> tuple[int, int]:
     given = _latents(request, manifest)
     if given is not None:
         return given.shape[-2] * latent.factor, given.shape[-1] * latent.factor
-    width, height = pictures.read(request.image, "image").size
+    width, height = first_picture(request).size
     step = latent.multiple * (1 if task_of(request, manifest) == "upscale" else latent.factor)
     scale = latent.factor if step == latent.multiple else 1
     return max(height // step, 1) * step * scale, max(width // step, 1) * step * scale
+
+
+def first_picture(request: Request) -> Image.Image:
+    """What a request begins with."""
+    if request.frames is not None:
+        return video.read(request.frames, "frames", limit=1).frames[0]
+    return pictures.read(request.image, "image")
 
 
 def table_of(request: Request, manifest: Manifest) -> Table:
@@ -180,12 +196,39 @@ def table_of(request: Request, manifest: Manifest) -> Table:
 def jobs(requests: Sequence[Request], texts: Sequence[Inputs], model: Model) -> Iterator[Job]:
     """The jobs of resolved requests; texts[i]: what the UNet takes of the text, by input name, [2, …] each."""
     for index, (request, text) in enumerate(zip(requests, texts, strict=True)):
-        begin = _Begin(request, model)
-        told = {**text, **_numbers(request, model)}
-        given = model.unet.fixed(told), model.unet.time(begin.table.timesteps)
-        control = {one.name: _conditions(one, model.net(one.name), told, begin) for one in request.control}
-        for image in range(request.count):
-            yield begin.job(index, image, *given, control)
+        told, table = {**text, **_numbers(request, model)}, table_of(request, model.manifest)
+        given = model.unet.fixed(told), model.unet.time(table.timesteps)
+        nets = {one.name: _conditions(one, model.net(one.name), told, table) for one in request.control}
+        memory, before = Memory(table.rows), None
+        for n, still in enumerate(_stills(request)):
+            begin = _Begin(still, model, table)
+            control = {one.name: begin.hinted(one, model.net(one.name), nets[one.name]) for one in still.control}
+            if request.frames is None:
+                for image in range(request.count):
+                    yield begin.job(index, image, *given, control)
+            else:
+                job = begin.job(index, n, *given, control)
+                job.memory, job.after = memory, before
+                yield job
+                before = job
+
+
+def _stills(request: Request) -> Iterator[Request]:
+    """The request itself, or that of every frame of its video, with its own hints."""
+    if request.frames is None:
+        yield request
+        return
+    frames = video.read(request.frames, "frames", request.every, request.limit).frames
+    hints = [video.read(one.image, "control", request.every, request.limit).frames for one in request.control]
+    for one, found in zip(request.control, hints, strict=True):
+        if len(found) not in (1, len(frames)):
+            raise ValueError(f"control {one.name}: got {len(found)} hints for {len(frames)} frames, expected as "
+                             "many, or one for all of them")
+    for n, frame in enumerate(frames):
+        control = tuple(dataclasses.replace(one, image=found[n % len(found)])
+                        for one, found in zip(request.control, hints, strict=True))
+        yield dataclasses.replace(request, task="image-to-image", image=frame, frames=None, every=1, limit=None,
+                                  control=control)
 
 
 def blank(manifest: Manifest, size: tuple[int, int]) -> Request:
@@ -207,11 +250,11 @@ def paste(request: Request, image: Image.Image) -> Image.Image:
 class _Begin:
     """How the images of one request begin; what they share is computed once."""
 
-    def __init__(self, request: Request, model: Model) -> None:
+    def __init__(self, request: Request, model: Model, table: Table) -> None:
         assert request.height and request.width
         self.request, self.manifest, latent = request, model.manifest, model.manifest.latent
         self.task = task_of(request, self.manifest)
-        self.table = table_of(request, self.manifest)
+        self.table = table
         self.level = np.float32(self.table.signal[0]), np.float32(self.table.sigma[0])
         self.pixels = request.height, request.width
         self.factor = latent.factor
@@ -265,6 +308,13 @@ class _Begin:
         return Job(request, index, image, {**fixed, **rows}, time, table, noise, state, known,
                    renewed=request.blend == "before", control=control)
 
+    def hinted(self, control: Control, net: UNet, conditions: Conditions) -> Conditions:
+        """`conditions` of a ControlNet, and what it makes of its hint."""
+        preprocess = PREPROCESSORS[control.preprocessor] if control.preprocessor else None
+        hint = net.hint(pictures.hint(pictures.read(control.image, "control"), self.pixels, preprocess))
+        rows = {name: np.broadcast_to(value, (2, *value.shape[1:])) for name, value in hint.items()}
+        return Conditions({**conditions.fixed, **rows}, conditions.time)
+
     def _picture(self) -> np.ndarray:
         return pictures.pixels(pictures.read(self.request.image, "image"), self.pixels)
 
@@ -293,13 +343,9 @@ class _Begin:
         return np.broadcast_to(1 - mask, self.shape)
 
 
-def _conditions(control: Control, net: UNet, told: Inputs, begin: _Begin) -> Conditions:
-    """What a ControlNet is given; told: what the UNet is, of the text and of numbers."""
-    preprocess = PREPROCESSORS[control.preprocessor] if control.preprocessor else None
-    hint = net.hint(pictures.hint(pictures.read(control.image, "control"), begin.pixels, preprocess))
-    rows = {name: np.broadcast_to(value, (2, *value.shape[1:])) for name, value in hint.items()}
-    times = net.time(begin.table.timesteps)
-    return Conditions({**net.fixed(told), **rows}, {**times, "scale": control.scales(begin.table.rows)})
+def _conditions(control: Control, net: UNet, told: Inputs, table: Table) -> Conditions:
+    """What a ControlNet is given beside its hint; told: what the UNet is, of the text and of numbers."""
+    return Conditions(net.fixed(told), {**net.time(table.timesteps), "scale": control.scales(table.rows)})
 
 
 def _latents(request: Request, manifest: Manifest) -> np.ndarray | None:

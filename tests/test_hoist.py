@@ -87,8 +87,9 @@ def test_parts_share_the_weights_file(bundle):
 def test_16_bit_parts_hand_over_float32(tmp_path):
     checkpoint = open_checkpoint(tiny.sd2(tmp_path / "checkpoint", levels=2))
     got = export_component("unet", checkpoint, "bf16", tmp_path)
-    assert list(got) == ["unet", *PARTS, "unet_control", "unet_control_body"]
-    assert 0 < got["unet_control_body"].check.rel_rms < EXPORT_REL_RMS["bf16"]
+    assert list(got) == ["unet", *PARTS, "unet_control", "unet_control_body", "unet_frames", "unet_frames_body"]
+    for variant in ("control", "frames"):
+        assert 0 < got[f"unet_{variant}_body"].check.rel_rms < EXPORT_REL_RMS["bf16"]
     assert 0 < got["unet_body"].check.rel_rms < EXPORT_REL_RMS["bf16"]
     for name in PARTS:
         graph = ir.load(tmp_path / f"{name}.onnx").graph

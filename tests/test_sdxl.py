@@ -53,7 +53,8 @@ def test_graph_equals_pytorch_at_other_sizes(folder, bundle, name, size):
 def test_16_bit_unet(folder, tmp_path):
     """Its graph is one that ONNX's own type inference accepts, and it is cut in parts like any other."""
     made = export_component("unet", open_checkpoint(folder), "fp16", tmp_path)
-    assert list(made) == ["unet", "unet_text", "unet_time", "unet_body", "unet_control", "unet_control_body"]
+    assert list(made) == ["unet", "unet_text", "unet_time", "unet_body", "unet_control", "unet_control_body",
+                          "unet_frames", "unet_frames_body"]
     assert 0 < made["unet_body"].check.rel_rms < EXPORT_REL_RMS["fp16"]
     for name in made:
         onnx.checker.check_model(tmp_path / f"{name}.onnx", full_check=True)

@@ -433,6 +433,6 @@ def test_what_a_model_does_not_do_is_refused(made, name, options, message):
 def test_bundles_say_what_they_do(made):
     tasks = {name: made(name)[1].bundle.manifest.tasks
              for name in ("sd1", "inpainting_2", "depth", "upscaler", "sdxl", "refiner")}
-    base = ("text-to-image", "image-to-image", "inpaint", "invert")
+    base = ("text-to-image", "image-to-image", "inpaint", "invert", "video")
     assert tasks == {"sd1": base, "inpainting_2": ("inpaint",), "depth": ("depth-to-image",), "upscaler": ("upscale",),
                      "sdxl": base, "refiner": base[1:]}
