@@ -23,6 +23,7 @@ from runtime import Request
 from runtime.buffers import BoundEngine
 from runtime.denoise import Job
 from runtime.device import Device
+from runtime.frames import Memory
 from runtime.host import Host
 from runtime.noise import Generator
 from runtime.schedulers import make_table, names
@@ -102,15 +103,19 @@ class Wave:
         self._shift = torch.empty_like(self._tensors["timestep"])
 
     def enqueue(self, stream: Any = None) -> None:
-        t, on = self._tensors, contextlib.nullcontext()
+        on = contextlib.nullcontext()
         if stream is not None:
             on = torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle), self.gpu))
         with on:
-            torch.div(t["timestep"], 300, out=self._shift)
-            self._shift.add_(t["features"][:, 3])
-            torch.add(t["sample"], self._shift[:, None, None, None], out=t["noise_pred"])
-            t["noise_pred"].sin_().mul_(t["text"][:, 1, 2][:, None, None, None]).mul_(self.gain)
+            self.compute()
         self.rows_run.append(len(self._shift))
+
+    def compute(self) -> None:
+        t = self._tensors
+        torch.div(t["timestep"], 300, out=self._shift)
+        self._shift.add_(t["features"][:, 3])
+        torch.add(t["sample"], self._shift[:, None, None, None], out=t["noise_pred"])
+        t["noise_pred"].sin_().mul_(t["text"][:, 1, 2][:, None, None, None]).mul_(self.gain)
 
     def refit(self, weights: Mapping[str, Weight]) -> None:
         self.gain = float(np.asarray(weights["gain"]))
@@ -123,8 +128,8 @@ class ControlledWave(Wave):
         super().__init__(rows, number)
         self.inputs = {**self.inputs, **residuals(rows)}
 
-    def enqueue(self, stream: Any = None) -> None:
-        super().enqueue(stream)
+    def compute(self) -> None:
+        super().compute()
         self._tensors["noise_pred"].add_(self._tensors["residual_0"]).add_(
             self._tensors["residual_1"][:, 2][:, None, None, None])
 
@@ -142,12 +147,18 @@ class FramedWave(ControlledWave):
                        **{name: TensorSpec(name, "float32", shape) for name in ("first_0", "previous_0")}}
         self.outputs = {**self.outputs, "hidden_0": TensorSpec("hidden_0", "float32", shape)}
 
-    def enqueue(self, stream: Any = None) -> None:
-        super().enqueue(stream)
-        t, own = self._tensors, self._tensors["store"][:, None, None] > 0.5
-        t["hidden_0"][...] = t["sample"][:, :2, 0] * t["text"][:, 1, 2][:, None, None]
-        told = [torch.where(own, 0, t[name] - t["hidden_0"]) for name in ("first_0", "previous_0")]
-        t["noise_pred"][:, :2, 0] += 0.1 * told[0] + 0.2 * told[1]
+    def bind(self, buffers: Mapping[str, Any]) -> None:
+        super().bind(buffers)
+        self._told, self._other = (torch.empty_like(self._tensors[name]) for name in ("hidden_0", "store"))
+
+    def compute(self) -> None:
+        super().compute()
+        t, line = self._tensors, self._tensors["noise_pred"][:, :2, 0]
+        torch.mul(t["sample"][:, :2, 0], t["text"][:, 1, 2][:, None, None], out=t["hidden_0"])
+        torch.sub(1, t["store"], out=self._other)
+        for name, share in (("first_0", 0.1), ("previous_0", 0.2)):
+            torch.sub(t[name], t["hidden_0"], out=self._told)
+            line.add_(self._told.mul_(self._other[:, None, None]).mul_(share))
 
 
 class Ripple(Wave):
@@ -160,7 +171,7 @@ class Ripple(Wave):
                        "hint": TensorSpec("hint", "float32", (rows, 5))}
         self.outputs = residuals(rows)
 
-    def enqueue(self, stream: Any = None) -> None:
+    def compute(self) -> None:
         t, down = self._tensors, (slice(None), None, None, None)
         torch.add(t["sample"], (t["timestep"] / 300 + t["hint"][:, 1])[down], out=t["residual_0"])
         t["residual_0"].sin_().mul_(t["scale"][down] / 10)
@@ -225,3 +236,34 @@ def waves(device: Device, number: int | None = None, kind: type[Wave] = Wave) ->
 
     return unet
 
+
+def video(index: int, frames: int = 4, **options: Any) -> list[Job]:
+    """Frames that differ in their noise."""
+    memory = Memory(job(index, **options).table.rows)
+    made = [job(index, seed=10 * index + n, **options) for n in range(frames)]
+    for n, one in enumerate(made):
+        one.memory, one.after = memory, made[n - 1] if n else None
+    return made
+
+
+def expected_video(frames: list[Job]) -> list[np.ndarray]:
+    """Each after the other in numpy; what the first and the last have seen is kept by the number of the step."""
+    first: dict[int, np.ndarray] = {}
+    previous: dict[int, np.ndarray] = {}
+    found = []
+    for one in frames:
+        state, text = one.state.copy(), one.fixed["text"][:, 1, 2]
+        for i in range(one.table.rows):
+            sample = state[0] * np.float32(one.table.input_scale[i])
+            shift = one.time["timestep"][i] / 300 + one.time["features"][i, 3]
+            hidden = text[:, None, None] * sample[:2, 0]
+            seen = [hidden, hidden] if one.after is None else [first[i], previous[i]]
+            first.setdefault(i, hidden)
+            previous[i] = hidden
+            rows = text[:, None, None, None] * np.sin(sample + shift)
+            rows[:, :2, 0] += 0.1 * (seen[0] - hidden) + 0.2 * (seen[1] - hidden)
+            m = guide(rows[0], rows[1], one.request.guidance, one.request.guidance_rescale) \
+                if one.request.guided else rows[1]
+            advance(state, m, one.noise.randn(LATENT) if one.table.draws[i] else None, one.table, i)
+        found.append(state[0])
+    return found

@@ -22,7 +22,7 @@ from runtime.denoise import Job, denoise
 from runtime.device import Cuda
 from runtime.slots import AHEAD, Capacity, Slots
 from tests.conftest import Lazy, why_no_gpu
-from tests.device_cases import expected, job, mixed, waves
+from tests.device_cases import expected, expected_video, job, mixed, video, waves
 from tests.tolerances import IMAGE_MAX, SCHEDULER_REL
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +54,13 @@ def nothing(job: Job) -> None:
 def run(device: Cuda, jobs: list[Job], count: int = 3) -> np.ndarray:
     denoise(waves(device, 0), Slots(device, count, Capacity.of(jobs)), jobs, nothing)
     return np.stack([done.latents for done in jobs])
+
+
+def test_frames_of_a_video_end_where_they_end_one_after_another(device: Cuda) -> None:
+    """What they leave for each other stays on the GPU."""
+    got = run(device, video(0, guidance=4.0, steps=5))
+    truth = np.stack(expected_video(video(0, guidance=4.0, steps=5)))
+    assert np.abs(got - truth).max() / np.abs(truth).max() < SCHEDULER_REL
 
 
 def test_arrays_go_there_and_back(device: Cuda) -> None:

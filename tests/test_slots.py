@@ -5,7 +5,7 @@ What runs on a GPU differs from `TorchHost` in where the arrays are and in who c
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,10 +15,8 @@ from runtime.buffers import BoundEngine, layout
 from runtime.control import Conditions
 from runtime.denoise import Job, denoise
 from runtime.device import Device
-from runtime.frames import Memory
 from runtime.host import Host
 from runtime.slots import AHEAD, Capacity, Slots
-from runtime.step import advance, guide
 from tests.conftest import Lazy
 from tests.device_cases import (
     LATENT,
@@ -27,8 +25,10 @@ from tests.device_cases import (
     TorchHost,
     Wave,
     expected,
+    expected_video,
     job,
     mixed,
+    video,
     waves,
 )
 from tests.tolerances import BATCH_IMAGE_MAX, SCHEDULER_REL
@@ -92,38 +92,6 @@ def test_images_with_other_control_nets_end_where_each_ends_alone(device: Device
         check(done, expected(single))
     without = mixed()
     assert max(np.abs(done.latents - expected(one)).max() for done, one in zip(jobs, without, strict=True)) > 0.1
-
-
-def video(index: int, frames: int = 4, **options: Any) -> list[Job]:
-    """Frames that differ in their noise."""
-    memory = Memory(job(index, **options).table.rows)
-    made = [job(index, seed=10 * index + n, **options) for n in range(frames)]
-    for n, one in enumerate(made):
-        one.memory, one.after = memory, made[n - 1] if n else None
-    return made
-
-
-def expected_video(frames: list[Job]) -> list[np.ndarray]:
-    """Each after the other in numpy; what the first and the last have seen is kept by the number of the step."""
-    first: dict[int, np.ndarray] = {}
-    previous: dict[int, np.ndarray] = {}
-    found = []
-    for one in frames:
-        state, text = one.state.copy(), one.fixed["text"][:, 1, 2]
-        for i in range(one.table.rows):
-            sample = state[0] * np.float32(one.table.input_scale[i])
-            shift = one.time["timestep"][i] / 300 + one.time["features"][i, 3]
-            hidden = text[:, None, None] * sample[:2, 0]
-            seen = [hidden, hidden] if one.after is None else [first[i], previous[i]]
-            first.setdefault(i, hidden)
-            previous[i] = hidden
-            rows = text[:, None, None, None] * np.sin(sample + shift)
-            rows[:, :2, 0] += 0.1 * (seen[0] - hidden) + 0.2 * (seen[1] - hidden)
-            m = guide(rows[0], rows[1], one.request.guidance, one.request.guidance_rescale) \
-                if one.request.guided else rows[1]
-            advance(state, m, one.noise.randn(LATENT) if one.table.draws[i] else None, one.table, i)
-        found.append(state[0])
-    return found
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
