@@ -8,10 +8,13 @@ SHELL := /bin/bash
 PYTHON ?= python3 python3.11 python3.12
 PROMPT ?= a large red circle to the left of a small blue square
 ARGS ?=
+WORKERS ?= 2
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := requirements/constraints.txt
+# A worker that has nothing left takes tests from the other; each has a share of about 3 GB of memory.
+PARALLEL = --numprocesses $(WORKERS) --dist worksteal
 STUBS := .venv/stubs/tensorrt_bindings/tensorrt.pyi
 BUNDLE := build/shapes.bundle
 # What a bundle is made of and by: a change to any of these exports it again.
@@ -23,6 +26,7 @@ BUNDLE_SOURCES := $(shell find models/shapes -type f 2>/dev/null) $(shell find e
 help: ## list the targets
 	@echo 'make demo        draw a picture from a prompt: make demo PROMPT="a small green star above a large pink cross"'
 	@echo 'make test        run all tests; pytest options go into ARGS: make test ARGS="-k imports -x"'
+	@echo '                 in WORKERS processes, 2 unless said otherwise; make test WORKERS=0 ARGS="--pdb" for a debugger'
 	@echo 'make check       ruff, mypy and the tests that are not slow'
 	@echo 'make lint        ruff and mypy only'
 	@echo 'make native-asan test the C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -35,10 +39,10 @@ demo: $(BUNDLE)/manifest.json
 	@$(PY) -m runtime $(BUNDLE) "$$DEMO_PROMPT" --guidance 2 -o build/demo.png --force
 
 test: .venv/.installed
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 check: lint
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 lint: .venv/.installed $(STUBS)
 	@$(PY) -m ruff check .

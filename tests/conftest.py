@@ -1,6 +1,7 @@
 """Settings of the whole suite: no network, and a reason for every GPU test that is skipped."""
 
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
@@ -53,6 +54,34 @@ class Lazy(dict[str, Path]):
 
 
 @pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """A directory of this run of pytest, and the same for all of its workers, if it has several (pytest-xdist)."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if hasattr(pytestconfig, "workerinput") else base) / "shared"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def once(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """once(name, make): a copy of the directory that `make(path)` writes, which it does once in a run of pytest.
+
+    The copy is the worker's own: what tests add to it, as engines to a bundle, is no concern of other workers.
+    """
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        made, unfinished = shared / name, shared / f"{name}.unfinished"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker that asks for it meanwhile waits here
+            if not made.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                os.rename(unfinished, made)
+        return shutil.copytree(made, tmp_path_factory.mktemp("once") / name)
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Lazy:
     """Tiny random checkpoints by the name of their builder in tests/tiny.py, and the model that ships as "shapes"."""
     from tests import tiny
@@ -64,14 +93,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Lazy:
 
 
 @pytest.fixture(scope="session")
-def bundles(checkpoints: Lazy, tmp_path_factory: pytest.TempPathFactory) -> Lazy:
-    """fp32 bundles of `checkpoints`."""
+def bundles(checkpoints: Lazy, once: Callable[[str, Callable[[Path], object]], Path]) -> Lazy:
+    """fp32 bundles of `checkpoints`. One more costs half a minute: a test that can do with another's asks for that."""
     from export import export
 
-    def make(name: str) -> Path:
-        return export(checkpoints[name], tmp_path_factory.mktemp("bundles") / name, progress=False).path
-
-    return Lazy(make)
+    return Lazy(lambda name: once(name, lambda path: export(checkpoints[name], path, progress=False)))
 
 
 @pytest.fixture(scope="session")
@@ -83,16 +109,18 @@ def edge_net(checkpoints: Lazy, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def controlled(bundles: Lazy, edge_net: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle "sd1" with `edge_net`, and no engines."""
+def controlled(bundles: Lazy, edge_net: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The bundle "sd1" with `edge_net`."""
     from export.attach import attach
 
-    path = tmp_path_factory.mktemp("controlled") / "bundle"
-    shutil.copytree(bundles["sd1"], path, ignore=shutil.ignore_patterns("engines"))
-    return attach(edge_net, path, progress=False).path
+    def make(path: Path) -> None:
+        shutil.copytree(bundles["sd1"], path, ignore=shutil.ignore_patterns("engines"))
+        attach(edge_net, path, progress=False)
+
+    return once("controlled", make)
 
 
 @pytest.fixture(scope="session")
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kernel_cache(shared: Path) -> Path:
     """For XDG_CACHE_HOME: kernels that several tests build are compiled once."""
-    return tmp_path_factory.mktemp("kernel-cache")
+    return shared / "kernel-cache"

@@ -28,7 +28,7 @@ from tests import compvis, tiny
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     where = tmp_path_factory.mktemp("folders")
-    return {"sd1": tiny.sd1(where / "sd1"), "sd2": tiny.sd2(where / "sd2")}
+    return {"sd1": tiny.sd1(where / "sd1"), "sd2": tiny.sd2(where / "sd2", levels=4)}
 
 
 @pytest.fixture

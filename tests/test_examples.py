@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from engines import Bundle
-from export.attach import attach
+from engines.bundle import write_manifest
 from runtime import Lora, Pipeline, Request
 from tests.test_tasks import picture
 
@@ -59,11 +60,13 @@ def test_interpolation(bundles, files, tmp_path):
     assert not np.array_equal(np.asarray(frames[1]), np.asarray(frames[2]))
 
 
-def test_style_transfer(bundles, edge_net, files, tmp_path):
+def test_style_transfer(controlled, files, tmp_path):
+    """The net of the bundle, under the name that the example asks for."""
     pytest.importorskip("cv2")
-    bundle = tmp_path / "bundle"
-    shutil.copytree(bundles["sd1"], bundle, ignore=shutil.ignore_patterns("engines"))
-    attach(edge_net, bundle, name="canny", progress=False)
+    bundle = shutil.copytree(controlled, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    write_manifest(bundle, dataclasses.replace(manifest, components={
+        name.replace("edge-net", "canny"): one for name, one in manifest.components.items()}))
     assert Bundle.open(bundle).controls == ("canny",)
     drawn, target = [], tmp_path / "styled.png"
     for control in ("0", "1"):

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,27 +29,31 @@ from export.__main__ import main
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.component import export_component
 from export.graphs import UNet, graphs
-from tests import compvis, tiny
+from tests import compvis
 from tests.tolerances import EXPORT_REL_RMS
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+UNET_PARTS = ("unet_text", "unet_time", "unet_body", "unet_control", "unet_control_body", "unet_frames",
+              "unet_frames_body")
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.sd1(tmp_path_factory.mktemp("checkpoint") / "tiny-sd1")
+def folder(checkpoints) -> Path:
+    return checkpoints["sd1"]
 
 
 @pytest.fixture(scope="module")
-def bundle(folder, tmp_path_factory) -> Bundle:
-    return export(folder, tmp_path_factory.mktemp("bundles") / "sd1", progress=False)
+def bundle(bundles, tmp_path_factory) -> Bundle:
+    """As it was exported: without the engines of other tests."""
+    path = tmp_path_factory.mktemp("exported") / "sd1"
+    return Bundle.open(shutil.copytree(bundles["sd1"], path, ignore=shutil.ignore_patterns("engines")))
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Checkpoint:
+def small(checkpoints) -> Checkpoint:
     """An SD 2 with two UNet levels, which traces in half the time."""
-    return open_checkpoint(tiny.sd2(tmp_path_factory.mktemp("checkpoint") / "tiny-sd2", levels=2))
+    return open_checkpoint(checkpoints["sd2"])
 
 
 def dims(height: int, width: int, batch: int, sequence: int) -> dict[str, int]:
@@ -108,7 +113,9 @@ def test_vae_graphs_speak_the_latents_of_the_unet(folder, bundle):
 @pytest.mark.parametrize("name, dtype", [("vae_decoder", "fp16"), ("text_encoder", "fp16"), ("unet", "bf16"),
                                          pytest.param("unet", "fp16", marks=pytest.mark.slow)])
 def test_16_bit_component(small, tmp_path, name, dtype):
-    got = export_component(name, small, dtype, tmp_path)[name]
+    """A UNet hands float32 from part to part."""
+    made = export_component(name, small, dtype, tmp_path)
+    got = made[name]
     assert 0 < got.check.rel_rms < EXPORT_REL_RMS[dtype]
     model = ir.load(tmp_path / got.file)
     outside = {value.dtype.numpy() for value in (*model.graph.inputs, *model.graph.outputs)}
@@ -116,9 +123,15 @@ def test_16_bit_component(small, tmp_path, name, dtype):
     narrow = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[dtype]
     weights = [value for value in model.graph.initializers.values() if value.name.endswith(".weight")]
     assert weights and {value.dtype for value in weights} == {narrow}
-    parts = ("body", "control", "control_body", "text", "time") if name == "unet" else ()
-    parts = [f"unet_{part}.onnx" for part in parts]
-    assert sorted(os.listdir(tmp_path)) == [f"{name}.onnx", f"{name}.onnx.data", *parts]  # the widened copy is gone
+    assert list(made) == [name, *(UNET_PARTS if name == "unet" else ())]
+    files = [f"{part}.onnx" for part in made]
+    assert sorted(os.listdir(tmp_path)) == sorted([*files, f"{name}.onnx.data"])  # the widened copy is gone
+    for part in [part for part in made if part != name]:
+        assert 0 < made[part].check.rel_rms < EXPORT_REL_RMS[dtype]
+        graph = ir.load(tmp_path / f"{part}.onnx").graph
+        assert {value.dtype for value in (*graph.inputs, *graph.outputs)} == {ir.DataType.FLOAT}
+        if part != "unet_text":  # which is a product with weights, and has no constants
+            assert narrow in {value.dtype for value in graph.initializers.values()}
 
 
 def test_sites_are_single_nodes(bundle):
@@ -204,7 +217,7 @@ def test_manifest(folder, bundle):
         named = {v.name: tuple(d if isinstance(d, int) else d.value for d in v.shape)
                  for v in (*graph.inputs, *graph.outputs)}
         assert named == {spec.name: spec.shape for spec in (*c.inputs, *c.outputs)}
-    assert manifest.provenance["source"] == "tiny-sd1"
+    assert manifest.provenance["source"] == "sd1"
     assert set(manifest.provenance["sha256"]) == {
         "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors"}
@@ -235,23 +248,17 @@ def test_tokenizer_gives_the_ids_of_transformers(folder, bundle, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
-def test_single_file_gives_the_same_graphs_as_its_folder(tmp_path, family):
-    folder = getattr(tiny, family)(tmp_path / family, levels=2)
-    file = compvis.save(compvis.with_ema(compvis.from_folder(folder)), tmp_path / "model.ckpt")
-    assert main([str(file), "-o", str(tmp_path / "a"), "--config", str(folder), "--quiet"]) == 0
-    assert main([str(folder), "-o", str(tmp_path / "b"), "--quiet"]) == 0
-    a, b = (Bundle.open(tmp_path / name).manifest for name in "ab")
+@pytest.mark.parametrize("family", ["sd1_two_levels", "sd2"])
+def test_single_file_gives_the_same_graphs_as_its_folder(checkpoints, bundles, tmp_path, family):
+    """And the engines that were asked for."""
+    file = compvis.save(compvis.with_ema(compvis.from_folder(checkpoints[family])), tmp_path / "model.ckpt")
+    engines = ["--backend", "onnxruntime", "--size", "64x80"]
+    assert main([str(file), "-o", str(tmp_path / "bundle"), "--config", str(checkpoints[family]), "--quiet",
+                 *engines]) == 0
+    bundle = Bundle.open(tmp_path / "bundle")
+    a, b = bundle.manifest, Bundle.open(bundles[family]).manifest
     assert {n: c.files for n, c in a.components.items()} == {n: c.files for n, c in b.components.items()}
     assert (a.scheduler, a.text, a.latent) == (b.scheduler, b.text, b.latent)
-
-
-@pytest.mark.slow
-def test_engines_are_built_when_asked_for(tmp_path):
-    folder = tiny.sd1(tmp_path / "model", levels=2)
-    command = [str(folder), "-o", str(tmp_path / "bundle"), "--quiet", "--backend", "onnxruntime", "--size", "64x80"]
-    assert main(command) == 0
-    bundle = Bundle.open(tmp_path / "bundle")
     for name in store.used(bundle, "onnxruntime"):
         rows = TIME_ROWS if name == "unet_time" else 1 if name.startswith("vae") else 2
         config = bundle.config(name, backend="onnxruntime", height=64, width=80, batch=rows)

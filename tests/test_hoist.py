@@ -14,12 +14,9 @@ from engines import Bundle, in_parts, store
 from engines import onnxruntime as backend
 from engines.spec import TensorSpec
 from export import ExportError
-from export.checkpoint import open_checkpoint
-from export.component import export_component
 from export.graphs import UNet
 from export.hoist import hoist
 from runtime import Pipeline, Request
-from tests import tiny
 from tests.tolerances import EXPORT_REL_RMS, IMAGE_MAX
 
 PARTS = ["unet_text", "unet_time", "unet_body"]
@@ -82,20 +79,6 @@ def test_parts_share_the_weights_file(bundle):
     for name in PARTS:
         assert set(bundle.component(name).files) == {f"{name}.onnx", "unet.onnx.data"}
         assert (bundle.path / f"{name}.onnx").stat().st_size < 300_000
-
-
-def test_16_bit_parts_hand_over_float32(tmp_path):
-    checkpoint = open_checkpoint(tiny.sd2(tmp_path / "checkpoint", levels=2))
-    got = export_component("unet", checkpoint, "bf16", tmp_path)
-    assert list(got) == ["unet", *PARTS, "unet_control", "unet_control_body", "unet_frames", "unet_frames_body"]
-    for variant in ("control", "frames"):
-        assert 0 < got[f"unet_{variant}_body"].check.rel_rms < EXPORT_REL_RMS["bf16"]
-    assert 0 < got["unet_body"].check.rel_rms < EXPORT_REL_RMS["bf16"]
-    for name in PARTS:
-        graph = ir.load(tmp_path / f"{name}.onnx").graph
-        assert {value.dtype for value in (*graph.inputs, *graph.outputs)} == {ir.DataType.FLOAT}
-        if name != "unet_text":
-            assert ir.DataType.BFLOAT16 in {value.dtype for value in graph.initializers.values()}
 
 
 def graph_file(path: Path, nodes: list[ir.Node], inputs: list[ir.Value], weights: list[ir.Value]) -> Path:

@@ -26,7 +26,6 @@ from engines.inductor import CONSTANTS, PACKAGE, RECORD
 from engines.inductor_options import KERNELS, NATIVE
 from engines.spec import EngineConfig, EngineError
 from kernels import native
-from tests import tiny
 from tests.small import small_bundle
 from tests.test_engines import bound, rel_rms, unet, weights
 from tests.tolerances import ENGINE_REL_RMS, IMAGE_MAX
@@ -436,16 +435,14 @@ def test_a_gpu_graph_holds_our_kernels(bundles):
 
 
 @pytest.mark.slow
-def test_a_pipeline_draws_the_reference_picture(tmp_path):
+def test_a_pipeline_draws_the_reference_picture(bundles, tmp_path):
     """All engines of a tiny model; and a bias of four values, which a compiler would make a literal, is refitted.
 
     Quick, as compiling goes: one level each, and the refitted engine is the picture's.
     """
-    from export import export
     from runtime import Pipeline, Request
 
-    checkpoint = tiny.sd1(tmp_path / "checkpoint", levels=1, vae_levels=1)
-    bundle = export(checkpoint, tmp_path / "bundle", progress=False)
+    bundle = Bundle.open(shutil.copytree(bundles["sd1_one_level"], tmp_path / "bundle"))
     request = Request("a cat and a horse", steps=3, seed=5, height=16, width=16, scheduler="ddim")
     pictures = []
     for backend in ("onnxruntime", "inductor"):
