@@ -360,9 +360,13 @@ RESIZES = {"asymmetric": {"coordinate_transformation_mode": "asymmetric", "neare
     [h.make_node("Attention", ["x", "x", "x"], ["y"], is_causal=1, scale=0.3)],
     [h.make_node("Transpose", ["g"], ["gt"], perm=[1, 0]), h.make_node("MatMul", ["x", "gt"], ["m"]),
      h.make_node("Add", ["bias", "m"], ["y"])],
-    [h.make_node("Clip", ["x", "low"], ["y"])],
+    [h.make_node("Clip", ["x", "low"], ["y"])], [h.make_node("Conv", ["x", "w1", "b1"], ["y"])],
+    [h.make_node("ConvTranspose", ["x", "wt", "b1"], ["y"], pads=[1, 0, 1, 0], strides=[2, 3], output_padding=[1, 0])],
+    [h.make_node("Pad", ["x", "around"], ["y"])], [h.make_node("ReduceSum", ["x", "one"], ["y"], keepdims=0)],
+    [h.make_node("Relu", ["x"], ["y"])],
+    [h.make_node("ArgMin", ["x"], ["i"], axis=2, keepdims=0), h.make_node("Cast", ["i"], ["y"], to=1)],
 ], ids=["pads", "resize", "resize half_pixel", "slice", "gather", "gather one", "reshape", "causal mask", "mask",
-        "causal", "linear", "clip"])
+        "causal", "linear", "clip", "one channel", "transposed", "zeros", "sum", "relu", "argmin"])
 def test_operators_equal_onnxruntime(tmp_path, nodes):
     import onnxruntime
 
@@ -372,7 +376,10 @@ def test_operators_equal_onnxruntime(tmp_path, nodes):
         "one": np.int64([1]), "two": np.int64([2]), "many": np.int64([2**62]), "index": np.int64([[0, 5], [2, 2]]),
         "scalar": np.int64(1), "minus": np.int64([2, -1]), "causal": np.tri(6, dtype=bool)[None, None],
         "mask": rng.random((6, 6)) < 0.7, "g": rng.standard_normal((7, 6)).astype(np.float32),
-        "bias": rng.standard_normal(7).astype(np.float32), "low": np.float32(-0.5)}
+        "w1": rng.standard_normal((1, 4, 3, 2)).astype(np.float32),
+        "wt": rng.standard_normal((4, 1, 3, 2)).astype(np.float32), "b1": np.float32([0.3]),
+        "around": np.int64([0, 0, 1, 0, 0, 0, 2, 3]), "bias": rng.standard_normal(7).astype(np.float32),
+        "low": np.float32(-0.5)}
     used = {name for node in nodes for name in node.input}
     initializers = {name: value for name, value in initializers.items() if name in used}
     graph = graph_of(tmp_path / "x.onnx", nodes, initializers, {"x": (2, 4, 6, 6)})
