@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,28 +46,31 @@ def trace_module(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Seque
                  example: Sequence[torch.Tensor], file: Path) -> Component:
     """Trace a module in float32 as `export.trace` traces those of a checkpoint, and compare the graph with it.
 
-    inputs, outputs: of `module.forward`, in its order; a dimension that has a name, one of `EngineConfig.dims`, is any
-    size, which an engine then fixes. example: inputs to trace and to compare with, of at least 2 in every named
-    dimension. file: where the .onnx file goes, with its weights beside it (.onnx.data).
+    module: is put into eval mode. inputs, outputs: of its `forward`, in order; a dimension that has a name, one of
+    `EngineConfig.dims`, is any size, which an engine then fixes. example: inputs to trace and to compare with, of at
+    least 2 in every named dimension. file: where the .onnx file goes, with its weights beside it (.onnx.data).
 
     What comes back is for `build` and `load` of a backend (`engines.backend`), beside `file` and a config; it is in no
     bundle. Raises ExportError where the module cannot be traced, or the graph is further from it than
-    `engines.verify.TOLERANCE`.
+    `engines.verify.TOLERANCE`; what was at `file` is then still there.
     """
     graph = _Module(module, inputs, outputs).eval()
     expected = {spec.name: value.numpy() for spec, value in zip(graph.outputs, graph.run(example), strict=True)}
     model = traced(graph, example)
-    weights = f"{file.name}.data"
-    ir.save(model, file, external_data=weights)
-    names = [file.name, *([weights] if (file.parent / weights).exists() else [])]
-    component = Component(file.name, hash_files(file.parent, names), "fp32", graph.inputs, graph.outputs,
-                          count_sites(model.graph), Check("not checked", 0, 0.0, 0.0))
     feed = {spec.name: value.numpy() for spec, value in zip(graph.inputs, example, strict=True)}
     dims = {d: n for spec, value in zip(graph.inputs, example, strict=True)
             for d, n in zip(spec.shape, value.shape, strict=True) if isinstance(d, str)}
-    try:
-        got = verify.run_reference(file, component, EngineConfig("onnxruntime", **dims), feed)
-        check = verify.compare(got, expected, "fp32", file.name, 0, REFERENCE)
-    except EngineError as e:
-        raise ExportError(str(e)) from e
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as temporary:
+        new = Path(temporary) / file.name
+        ir.save(model, new, external_data=f"{file.name}.data")
+        written = sorted((path.name for path in new.parent.iterdir()), reverse=True)  # the weights first
+        component = Component(file.name, hash_files(new.parent, written), "fp32", graph.inputs, graph.outputs,
+                              count_sites(model.graph), Check("not checked", 0, 0.0, 0.0))
+        try:
+            got = verify.run_reference(new, component, EngineConfig("onnxruntime", **dims), feed)
+            check = verify.compare(got, expected, "fp32", file.name, 0, REFERENCE)
+        except EngineError as e:
+            raise ExportError(str(e)) from e
+        for name in written:
+            os.replace(new.parent / name, file.parent / name)
     return dataclasses.replace(component, check=check)
