@@ -473,7 +473,8 @@ KNOWN: dict[str, Callable[..., np.ndarray]] = {
     "Unsqueeze": lambda node, x, axes: np.expand_dims(x, tuple(int(axis) for axis in axes.reshape(-1))),
     "Expand": lambda node, x, shape: np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(n) for n in shape))),
     "Transpose": lambda node, x: x.transpose(node.attributes["perm"]), "Squeeze": _known_squeeze,
-    "Range": lambda node, first, end, step: np.arange(first.item(), end.item(), step.item(), first.dtype),
+    "Range": lambda node, first, end, step: first + step * np.arange(math.ceil((end - first) / step),
+                                                                     dtype=first.dtype),
     "Reshape": _known_reshape, "Cast": _known_cast, "Slice": _known_slice}
 """Operator → the same in numpy, for shapes and constants."""
 
