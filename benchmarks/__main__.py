@@ -1,4 +1,4 @@
-"""`python -m benchmarks {quality,unet,vae,pipeline,graphs,kernels}`: what is reached, measured in one run."""
+"""`python -m benchmarks {tasks,quality,unet,vae,pipeline,graphs,kernels}`: what is reached, measured in one run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from engines.interrupt import interruptible
 from export import ExportError
 
 COMMANDS = {
+    "tasks": "every task on every engine: does it run, and how far is it from the reference?",
     "quality": "pictures: does each hold what its caption asks for?",
     "unet": "UNet steps: our engines beside diffusers, torch.compile, OpenVINO and ONNX Runtime",
     "vae": "VAE decoding: as unet",

@@ -63,14 +63,19 @@ def vae_decoder_flops(checkpoint: Path, images: int, height: int, width: int) ->
 
 
 def text_encoder_flops(checkpoint: Path, rows: int, tokens: int = 77) -> int:
-    """Of encoding `rows` prompts."""
+    """Of encoding `rows` prompts with every text encoder; the last layer of XL's first one is not needed."""
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig.from_dict(_config(checkpoint, "text_encoder"))
-    with torch.device("meta"):
-        text = CLIPTextModel(config).eval()
-        return count(text, torch.zeros(rows, tokens, dtype=torch.long))
+    models = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    here = [name for name in models if (checkpoint / name).is_dir()]
+    flops = 0
+    for name in here:
+        config = CLIPTextConfig.from_dict(_config(checkpoint, name))
+        config.num_hidden_layers -= name != here[-1]
+        with torch.device("meta"):
+            flops += count(models[name](config).eval(), torch.zeros(rows, tokens, dtype=torch.long))
+    return flops
 
 
 def matrix_seconds(dtype: str, device: str = "cpu") -> float:

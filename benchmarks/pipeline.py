@@ -38,6 +38,8 @@ from engines import Bundle
 from engines.options import positive
 
 STAGES = ("text", "denoise", "decode")
+TEXT = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""What diffusers makes of a prompt; the last two in Stable Diffusion XL alone."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
     with turns.opened(args) as job:
         drawing = Drawing(**vars(job), prompt=args.prompt, steps=args.steps, guidance=args.guidance, seed=args.seed)
         manifest = Bundle.open(job.bundle).manifest
-        if manifest.time_ids or manifest.meanings:
-            raise ValueError(f"{job.bundle}: got a {manifest.family} model, expected Stable Diffusion 1.x or 2.x; "
-                             "`python -m benchmarks unet` measures its UNet")
+        if "text-to-image" not in manifest.tasks:
+            raise ValueError(f"{job.bundle}: got a model that does {', '.join(manifest.tasks)}, expected one that does "
+                             "text-to-image; `python -m benchmarks unet` measures its UNet")
         report: dict[str, Any] = {
             "machine": measure.machine(), "model": manifest.family,
             "size": f"{job.height}x{job.width}", "batch": job.batch, "steps": args.steps, "guidance": args.guidance,
@@ -159,12 +161,14 @@ def _torch(dtype: str, job: Drawing, compiled: bool) -> Draw:
 
     transformers.logging.set_verbosity_error()  # diffusers' imports make it advise us to install torchvision
     transformers.logging.disable_progress_bar()
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    pipe = StableDiffusionPipeline.from_pretrained(job.checkpoint, safety_checker=None, local_files_only=True,
-                                                   dtype=getattr(torch, limits.DTYPES[dtype]))
+    xl = bool(Bundle.open(job.bundle).manifest.time_ids)
+    kind, options = (StableDiffusionXLPipeline, {}) if xl else (StableDiffusionPipeline, {"safety_checker": None})
+    pipe = kind.from_pretrained(job.checkpoint, local_files_only=True, dtype=getattr(torch, limits.DTYPES[dtype]),
+                                **options)
     pipe.set_progress_bar_config(disable=True)
     if dtype != "fp32":
         pipe.unet.to(memory_format=torch.channels_last)
@@ -176,9 +180,10 @@ def _torch(dtype: str, job: Drawing, compiled: bool) -> Draw:
     @torch.inference_mode()
     def draw(steps: int) -> Drawn:
         times = [time.perf_counter()]
-        text, negative = pipe.encode_prompt(job.prompt, "cpu", job.batch, True)
+        text = pipe.encode_prompt(job.prompt, device="cpu", num_images_per_prompt=job.batch,
+                                  do_classifier_free_guidance=True)
         times.append(time.perf_counter())
-        latents = pipe(prompt_embeds=text, negative_prompt_embeds=negative, height=job.height, width=job.width,
+        latents = pipe(**dict(zip(TEXT, text, strict=False)), height=job.height, width=job.width,
                        num_inference_steps=steps, guidance_scale=job.guidance, output_type="latent",
                        generator=[torch.Generator("cpu").manual_seed(job.seed + i) for i in range(job.batch)]).images
         times.append(time.perf_counter())

@@ -7,6 +7,7 @@ for the angles of `onnx_nodes.angles`, whatever casts the graph has.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import operator
@@ -312,6 +313,14 @@ def _gather(run: Run, node: Node) -> torch.Tensor:
     return x.index_select(axis, where.reshape(-1)).reshape(*x.shape[:axis], *where.shape, *x.shape[axis + 1:])
 
 
+def _gather_nd(run: Run, node: Node) -> torch.Tensor:
+    x, index = _tensors(run, node)
+    if node.attributes.get("batch_dims", 0):
+        raise EngineError(f"inductor: got a GatherND {dict(node.attributes)}, expected no batch_dims; use another "
+                          "backend")
+    return x[index.unbind(-1)]
+
+
 def _cast(run: Run, node: Node) -> torch.Tensor:
     """Between floating-point types the module's own rule decides; see `Run.cast`."""
     x, name = run.tensor(node.inputs[0]), onnx_nodes.dtype_name(node.attributes["to"])
@@ -340,8 +349,14 @@ def _resize(run: Run, node: Node) -> torch.Tensor:
     return F.interpolate(x, size=size[2:], mode="nearest")
 
 
+def _tensors(run: Run, node: Node) -> list[torch.Tensor]:
+    """Inputs of an operator that takes no number for a tensor of one value, such as the bias of one channel."""
+    known = [(name, run.constant(name)) for name in node.inputs if name]
+    return [run.tensor(name) if value is None else run.buffer(value) for name, value in known]
+
+
 def _conv(run: Run, node: Node) -> torch.Tensor:
-    x, weight, *bias = (run.tensor(name) for name in node.inputs if name)
+    x, weight, *bias = _tensors(run, node)
     a, spatial = node.attributes, weight.dim() - 2
     pads = a.get("pads", [0] * 2 * spatial)
     if a.get("auto_pad", "NOTSET") != "NOTSET" or spatial not in (1, 2, 3):
@@ -355,6 +370,36 @@ def _conv(run: Run, node: Node) -> torch.Tensor:
     conv = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
     return conv(x, weight, bias[0] if bias else None, a.get("strides", 1), before, a.get("dilations", 1),
                 a.get("group", 1))
+
+
+def _conv_transpose(run: Run, node: Node) -> torch.Tensor:
+    x, weight, *bias = _tensors(run, node)
+    a, spatial = node.attributes, weight.dim() - 2
+    pads = a.get("pads", [0] * 2 * spatial)
+    if (a.get("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in a or spatial not in (1, 2, 3)
+            or pads[:spatial] != pads[spatial:]):
+        raise EngineError(f"inductor: got a ConvTranspose {dict(a)}, expected the same explicit pads on both sides; "
+                          "use another backend")
+    conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+    return conv(x, weight, bias[0] if bias else None, a.get("strides", 1), list(pads[:spatial]),
+                a.get("output_padding", 0), a.get("group", 1), a.get("dilations", 1))
+
+
+def _pad(run: Run, node: Node) -> torch.Tensor:
+    """With zeros."""
+    x, pads, mode = run.tensor(node.inputs[0]), run.known(node.inputs[1]), node.attributes.get("mode", "constant")
+    value, axes = (*node.inputs[2:], "", "")[:2]
+    if mode != "constant" or axes or (value and run.known(value).any()):
+        raise EngineError(f"inductor: got a Pad of mode {mode} with inputs {list(node.inputs)}, expected zeros around "
+                          "all dimensions; use another backend")
+    sides = zip(pads[:x.dim()][::-1], pads[x.dim():][::-1], strict=True)
+    return F.pad(x, [int(n) for side in sides for n in side])
+
+
+def _reduce_sum(run: Run, node: Node) -> torch.Tensor:
+    x = run.tensor(node.inputs[0])
+    axes = [int(axis) for axis in run.known(node.inputs[1])] if len(node.inputs) > 1 else list(range(x.dim()))
+    return x.sum(axes, keepdim=bool(node.attributes.get("keepdims", 1)))
 
 
 def _gemm(run: Run, node: Node) -> torch.Tensor:
@@ -374,7 +419,13 @@ OPS: dict[str, Callable[[Run, Node], Any]] = {
     "Pow": _one(operator.pow), "MatMul": _one(operator.matmul), "Neg": _one(operator.neg),
     "Identity": _one(lambda x: x), "Sigmoid": _one(torch.sigmoid), "Sin": _one(torch.sin), "Cos": _one(torch.cos),
     "Exp": _one(torch.exp), "Sqrt": _one(torch.sqrt), "Tanh": _one(torch.tanh), "Erf": _one(torch.erf),
-    "Where": _one(torch.where), "Greater": _one(torch.gt),
+    "Where": _one(torch.where), "Greater": _one(torch.gt), "Relu": _one(torch.relu),
+    "ArgMin": lambda run, node: run.tensor(node.inputs[0]).argmin(
+        node.attributes.get("axis", 0), keepdim=bool(node.attributes.get("keepdims", 1))),
+    "ArgMax": lambda run, node: run.tensor(node.inputs[0]).argmax(
+        node.attributes.get("axis", 0), keepdim=bool(node.attributes.get("keepdims", 1))),
+    "Equal": _one(torch.eq), "Max": lambda run, node: functools.reduce(torch.maximum, _tensors(run, node)),
+    "GatherND": _gather_nd, "ConvTranspose": _conv_transpose, "Pad": _pad, "ReduceSum": _reduce_sum,
     "Gelu": lambda run, node: F.gelu(run.tensor(node.inputs[0]),
                                      approximate=node.attributes.get("approximate", "none")),
     "Swish": lambda run, node: (x := run.tensor(node.inputs[0])) * torch.sigmoid(x * node.attributes.get("alpha", 1.0)),
@@ -422,9 +473,11 @@ KNOWN: dict[str, Callable[..., np.ndarray]] = {
     "Unsqueeze": lambda node, x, axes: np.expand_dims(x, tuple(int(axis) for axis in axes.reshape(-1))),
     "Expand": lambda node, x, shape: np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(n) for n in shape))),
     "Transpose": lambda node, x: x.transpose(node.attributes["perm"]), "Squeeze": _known_squeeze,
+    "Range": lambda node, first, end, step: first + step * np.arange(math.ceil((end - first) / step),
+                                                                     dtype=first.dtype),
     "Reshape": _known_reshape, "Cast": _known_cast, "Slice": _known_slice}
 """Operator → the same in numpy, for shapes and constants."""
 
 NATIVE = {"Reshape": (1,), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "Slice": (1, 2, 3, 4), "Split": (1,),
-          "Resize": (1, 2, 3), "Clip": (1, 2)}
+          "Resize": (1, 2, 3), "Clip": (1, 2), "Pad": (1, 2, 3), "ReduceSum": (1,)}
 """Inputs that an operator reads as numbers, not as a tensor."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -44,6 +44,12 @@ class Graph(nn.Module):
         """Outputs for `inputs`, in the order of the specs."""
         outputs = self(**dict(zip([spec.name for spec in self.inputs], inputs, strict=True)))
         return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def call(self, inputs: Sequence[torch.Tensor], shapes: Sequence[Mapping[int, str]]) -> dict[str, Any]:
+        """How PyTorch's exporter is given inputs and their symbolic dimensions."""
+        names = [spec.name for spec in self.inputs]
+        return {"kwargs": dict(zip(names, inputs, strict=True)),
+                "dynamic_shapes": dict(zip(names, shapes, strict=True))}
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -35,21 +35,25 @@ def trace(graph: Graph, dims: Mapping[str, int]) -> tuple[ir.Model, dict[str, in
     Weights keep PyTorch's names and layout, so that a LoRA or a refit finds them. Raises ExportError where the exporter
     fails, or an operator of SITES is not one node for each module that computes it.
     """
-    inputs = dict(zip([spec.name for spec in graph.inputs], graph.example(dims, seed=0), strict=True))
-    shapes = {spec.name: {i: name for i, name in enumerate(spec.shape) if isinstance(name, str)}
-              for spec in graph.inputs}
+    model = traced(graph, graph.example(dims, seed=0))
+    _check_sites(model, graph)
+    return model, count_sites(model.graph)
+
+
+def traced(graph: Graph, example: Sequence[torch.Tensor]) -> ir.Model:
+    """`trace` at the sizes of `example`, of any module: its sites are not counted."""
+    shapes = [{i: name for i, name in enumerate(spec.shape) if isinstance(name, str)} for spec in graph.inputs]
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                graph, kwargs=inputs, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                dynamic_shapes=shapes, input_names=list(inputs), output_names=[spec.name for spec in graph.outputs])
+                graph, **graph.call(example, shapes), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                input_names=[spec.name for spec in graph.inputs], output_names=[spec.name for spec in graph.outputs])
         except torch.onnx.OnnxExporterError as e:
             raise ExportError(f"{graph.source}: PyTorch could not trace it to ONNX: {e}") from e
         model = program.model
         _simplify(model)
     _rename(model, graph)
-    _check_sites(model, graph)
-    return model, count_sites(model.graph)
+    return model
 
 
 def _simplify(model: ir.Model) -> None:

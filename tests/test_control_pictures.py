@@ -17,10 +17,12 @@ from PIL import Image
 from engines import Bundle
 from engines import onnxruntime as backend
 from engines.bundle import write_manifest
+from export.attach import attach
 from runtime import Control, Pipeline, Request
 from runtime.__main__ import main
 from runtime.hints import canny
 from runtime.images import metadata
+from tests import tiny
 from tests.test_tasks import IMAGE, MASK, SIZE, assert_same, drawn_by, picture, request_of
 from tests.tolerances import BATCH_IMAGE_MAX
 
@@ -98,6 +100,25 @@ def test_inpainting(ours, reference):
                         control_image=HINT, strength=0.8, height=SIZE[0], width=SIZE[1],
                         controlnet_conditioning_scale=1.0)
     assert_same(ours, request, expected)
+
+
+def test_stable_diffusion_xl(checkpoints, bundles, tmp_path):
+    """A net of its own, which is told the pooled text and the sizes too; unguided as well."""
+    net = tiny.control(tmp_path / "net", checkpoints["sdxl"])
+    path = shutil.copytree(bundles["sdxl"], tmp_path / "xl", ignore=shutil.ignore_patterns("engines"))
+    attach(net, path, progress=False)
+    ours = Pipeline.load(path, "onnxruntime", size=SIZE, progress=False)
+    pipe = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(
+        checkpoints["sdxl"], controlnet=ControlNetModel.from_pretrained(net))
+    pipe.set_progress_bar_config(disable=True)
+    for guidance in (7.5, 1.0):
+        request = request_of(guidance=guidance, original_size=(48, 96), crop=(4, 8), height=SIZE[0], width=SIZE[1],
+                             control=Control("net", HINT, scale=0.6, end=0.7))
+        expected = drawn_by(pipe, request, image=HINT, height=SIZE[0], width=SIZE[1], original_size=(48, 96),
+                            crops_coords_top_left=(4, 8), controlnet_conditioning_scale=0.6, control_guidance_end=0.7)
+        assert_same(ours, request, expected)
+        bare = ours(dataclasses.replace(request, control=())).latents
+        assert np.abs(bare - ours(request).latents).max() > 0.05, "the ControlNet does nothing here"
 
 
 def test_edges_are_made_of_a_picture(ours):

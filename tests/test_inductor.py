@@ -116,6 +116,20 @@ def test_every_graph_in_torch_equals_the_reference(bundles, model, component, dt
         assert {whose for _, whose in made.used} == {"latentrt" if kernels else "torch"}
 
 
+def test_the_pooled_text_of_xl_is_that_of_its_end(bundles):
+    """Which is picked by its id, with operators that no other graph has."""
+    bundle = Bundle.open(bundles["sdxl"])
+    own = config(bundle, "text_encoder_2")
+    feed = verify.inputs(resolve(bundle.component("text_encoder_2").inputs, own).values(), 4)
+    feed["input_ids"][:, 9:], feed["placed"][:] = 527, -1
+    expected = verify.reference(bundle, "text_encoder_2", own, feed)
+    made = torch_module(bundle, "text_encoder_2", "fp32")
+    with torch.no_grad():
+        got = made(*(torch.from_numpy(feed[name]) for name in made.graph.inputs))
+    for name, value in zip(made.graph.outputs, got, strict=True):
+        assert rel_rms(value.numpy(), expected[name]) < ENGINE_REL_RMS["fp32"]
+
+
 def test_projections_of_one_value_are_one_product(bundles):
     bundle = Bundle.open(bundles["sd1"])
     fused = torch_module(bundle, "unet", "fp32")
@@ -359,9 +373,17 @@ RESIZES = {"asymmetric": {"coordinate_transformation_mode": "asymmetric", "neare
     [h.make_node("Attention", ["x", "x", "x"], ["y"], is_causal=1, scale=0.3)],
     [h.make_node("Transpose", ["g"], ["gt"], perm=[1, 0]), h.make_node("MatMul", ["x", "gt"], ["m"]),
      h.make_node("Add", ["bias", "m"], ["y"])],
-    [h.make_node("Clip", ["x", "low"], ["y"])],
+    [h.make_node("Clip", ["x", "low"], ["y"])], [h.make_node("Conv", ["x", "w1", "b1"], ["y"])],
+    [h.make_node("ConvTranspose", ["x", "wt", "b1"], ["y"], pads=[1, 0, 1, 0], strides=[2, 3], output_padding=[1, 0])],
+    [h.make_node("Pad", ["x", "around"], ["y"])], [h.make_node("ReduceSum", ["x", "one"], ["y"], keepdims=0)],
+    [h.make_node("Relu", ["x"], ["y"])],
+    [h.make_node("ArgMin", ["x"], ["i"], axis=2, keepdims=0), h.make_node("Cast", ["i"], ["y"], to=1)],
+    [h.make_node("Cast", ["x"], ["whole"], to=7), h.make_node("Equal", ["whole", "scalar"], ["e"]),
+     h.make_node("Cast", ["e"], ["n"], to=6), h.make_node("ArgMax", ["n"], ["i"], axis=3, keepdims=0),
+     h.make_node("Range", ["nought", "six", "scalar"], ["r"]), h.make_node("Max", ["i", "r"], ["m"]),
+     h.make_node("Unsqueeze", ["m", "last"], ["u"]), h.make_node("GatherND", ["bias", "u"], ["y"])],
 ], ids=["pads", "resize", "resize half_pixel", "slice", "gather", "gather one", "reshape", "causal mask", "mask",
-        "causal", "linear", "clip"])
+        "causal", "linear", "clip", "one channel", "transposed", "zeros", "sum", "relu", "argmin", "pick"])
 def test_operators_equal_onnxruntime(tmp_path, nodes):
     import onnxruntime
 
@@ -369,9 +391,13 @@ def test_operators_equal_onnxruntime(tmp_path, nodes):
     initializers = {
         "w": rng.standard_normal((5, 4, 3, 2)).astype(np.float32), "twice": np.float32([1, 1, 2, 3]),
         "one": np.int64([1]), "two": np.int64([2]), "many": np.int64([2**62]), "index": np.int64([[0, 5], [2, 2]]),
-        "scalar": np.int64(1), "minus": np.int64([2, -1]), "causal": np.tri(6, dtype=bool)[None, None],
+        "scalar": np.int64(1), "nought": np.int64(0), "six": np.int64(6), "last": np.int64([3]),
+        "minus": np.int64([2, -1]), "causal": np.tri(6, dtype=bool)[None, None],
         "mask": rng.random((6, 6)) < 0.7, "g": rng.standard_normal((7, 6)).astype(np.float32),
-        "bias": rng.standard_normal(7).astype(np.float32), "low": np.float32(-0.5)}
+        "w1": rng.standard_normal((1, 4, 3, 2)).astype(np.float32),
+        "wt": rng.standard_normal((4, 1, 3, 2)).astype(np.float32), "b1": np.float32([0.3]),
+        "around": np.int64([0, 0, 1, 0, 0, 0, 2, 3]), "bias": rng.standard_normal(7).astype(np.float32),
+        "low": np.float32(-0.5)}
     used = {name for node in nodes for name in node.input}
     initializers = {name: value for name, value in initializers.items() if name in used}
     graph = graph_of(tmp_path / "x.onnx", nodes, initializers, {"x": (2, 4, 6, 6)})

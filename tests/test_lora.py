@@ -55,10 +55,12 @@ def kohya(reference, tmp_path_factory):
 
     With several, diffusers takes the most frequent one for most layers.
     """
-    path = tmp_path_factory.mktemp("loras") / "kohya.safetensors"
+    return write_kohya(tmp_path_factory.mktemp("loras") / "kohya.safetensors", reference)
+
+
+def write_kohya(path, pipe):
     tensors = {}
-    for prefix, model, pattern in (("lora_unet_", reference.unet, EVERYTHING),
-                                   ("lora_te_", reference.text_encoder, TEXT)):
+    for prefix, model, pattern in (("lora_unet_", pipe.unet, EVERYTHING), ("lora_te_", pipe.text_encoder, TEXT)):
         for name, (down, up) in pairs(model, pattern, seed=1).items():
             name = name if prefix == "lora_unet_" or name.startswith("text_model.") else f"text_model.{name}"
             key = prefix + name.replace(".", "_")
@@ -142,6 +144,18 @@ def test_stable_diffusion_xl_as_kohya_writes_it(checkpoints, bundles, tmp_path):
     path = tmp_path / "xl.safetensors"
     save_file(tensors, path)
     ours = Pipeline.load(bundles["sdxl"], "onnxruntime", size=(64, 64), progress=False)
+    found = draw(ours, Lora(str(path), 0.9))
+    assert np.abs(found - draw(ours)).max() > 10 * IMAGE_MAX
+    np.testing.assert_allclose(found, draw_reference(reference, {path: 0.9}), atol=IMAGE_MAX, rtol=0)
+
+
+def test_stable_diffusion_2(checkpoints, bundles, tmp_path):
+    """Projections that are linear layers, heads of 64, and v: every kind of layer again, as kohya writes it."""
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(checkpoints["sd2"], safety_checker=None,
+                                                                  dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    path = write_kohya(tmp_path / "sd2.safetensors", reference)
+    ours = Pipeline.load(bundles["sd2"], "onnxruntime", size=(64, 64), progress=False)
     found = draw(ours, Lora(str(path), 0.9))
     assert np.abs(found - draw(ours)).max() > 10 * IMAGE_MAX
     np.testing.assert_allclose(found, draw_reference(reference, {path: 0.9}), atol=IMAGE_MAX, rtol=0)

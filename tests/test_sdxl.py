@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import engines
-from benchmarks import components, given, limits, on_cpu, turns
+from benchmarks import components, given, limits, on_cpu, pipeline, turns
 from benchmarks.__main__ import main
 from engines import Bundle
 from engines.choice import choose
@@ -130,9 +130,14 @@ def test_benchmarks_give_everyone_the_added_conditions(folder, bundle, tmp_path)
     assert components._limits(job)()["flops"] == limits.unet_flops(folder, 2, 8, 12)
 
 
-def test_benchmarks_of_whole_pictures_do_not_take_it(folder, bundle, capsys):
-    assert main(["pipeline", str(bundle.path), str(folder)]) == 2
-    assert "got a sdxl model, expected Stable Diffusion 1.x or 2.x" in capsys.readouterr().err
+def test_benchmarks_of_whole_pictures(folder, bundle, tmp_path, capsys):
+    """Everyone is given the same text, pooled text and sizes; the floor counts both encoders."""
+    job = pipeline.Drawing(bundle.path, folder, 64, 96, 1, tmp_path, prompt="a cat", steps=2, guidance=2.0, seed=5)
+    ours, theirs = pipeline._ours("onnxruntime", "fp32", job)(), pipeline._diffusers("fp32", job)()
+    assert pipeline.difference(ours.images, theirs.images)["max_difference"] <= 1
+    flops = limits.text_encoder_flops(folder, 2)
+    shutil.copytree(folder / "text_encoder", tmp_path / "one" / "text_encoder")
+    assert 0 < limits.text_encoder_flops(tmp_path / "one", 2) < flops
     assert main(["pipeline", "--random", "sdxl"]) == 2
     assert "--random: got 'sdxl', expected one of sd1, sd2-base, sd2-v" in capsys.readouterr().err
 
