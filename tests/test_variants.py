@@ -5,9 +5,8 @@
 | UNet input channels | 4, 5, 7, 9 | `test_channels_and_scales`; pictures in test_tasks.py |
 | width of the text | 768, 1024, as published | test_checkpoint.py (weights of that size); small ones in pictures |
 | prediction | epsilon, v | test_pipeline.py (SD 1 and 2), test_tasks.py (upscaler) |
-| further UNet inputs | labels; 12 + 1 residuals; features of frames; weights of LoRAs | test_tasks.py; test_control.py; \
-test_video.py; test_lora.py |
-| further UNet outputs | what attention on the way up was given | test_video.py |
+| further UNet inputs | labels; 12 + 1 residuals; weights of LoRAs | test_tasks.py; test_control.py; test_lora.py |
+| UNet inputs and outputs | what attention on the way up was given in other frames, and in this | test_video.py |
 | heads | 8 at every level; of 64 | SD 1 and SD 2 in test_pipeline.py |
 | latent sizes | 64x64 to 128x128, 64x80 | `test_latent_sizes` |
 | batch | B, and 2B with guidance, of 1, 2, 3 | `test_batches`; pictures in test_pipeline.py |
