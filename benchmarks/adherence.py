@@ -48,12 +48,13 @@ class Verdict:
     problems: list[str]
 
 
-def check(image: np.ndarray, scene: Scene) -> Verdict:
+def check(image: np.ndarray, scene: Scene, colours: bool = True) -> Verdict:
     """Judge one picture.
 
     Args:
         image: uint8 [64, 64, 3], RGB.
         scene: what was asked for; what it leaves open may be anything.
+        colours: whether those of objects and background count.
 
     Returns:
         ok only if the picture shows every object asked for and no other, in shape, colour, size and relation, and the
@@ -61,7 +62,7 @@ def check(image: np.ndarray, scene: Scene) -> Verdict:
     """
     background, found = find(image)
     problems: list[str] = []
-    if scene.background not in (None, background):
+    if colours and scene.background not in (None, background):
         problems.append(f"background is {background or 'no known colour'}, not {scene.background}")
     if background is None and scene.background is None:
         problems.append("background is no known colour")
@@ -69,7 +70,7 @@ def check(image: np.ndarray, scene: Scene) -> Verdict:
         seen = ", ".join(map(str, found)) or "nothing"
         problems.append(f"{len(found)} objects instead of {len(scene.objects)}: {seen}")
     else:
-        assignments = [list(_compare(scene, order)) for order in permutations(found)]
+        assignments = [list(_compare(scene, order, colours)) for order in permutations(found)]
         best: list[str] = min(assignments, key=len)
         problems += best
     return Verdict(not problems, problems)
@@ -77,18 +78,24 @@ def check(image: np.ndarray, scene: Scene) -> Verdict:
 
 def find(image: np.ndarray) -> tuple[str | None, list[Found]]:
     """The background's name and the objects of a picture, uint8 [64, 64, 3]."""
-    if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
-        raise ValueError(f"got {image.dtype} {image.shape}, expected uint8 ({IMAGE_SIZE}, {IMAGE_SIZE}, 3), RGB")
     pixels = image.astype(np.float32)
-    frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    background = np.median(frame, axis=0)
-    regions, count = ndimage.label(_distance(pixels, background) > FOREGROUND)
+    background, distance = stands_out(image)
+    regions, count = ndimage.label(distance > FOREGROUND)
     found = []
     for i in range(1, count + 1):
         region = regions == i
         if region.sum() >= SMALLEST_REGION:
             found.append(_measure(pixels, region, background))
     return _nearest(background, BACKGROUNDS), found
+
+
+def stands_out(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The background, RGB, and the distance of every pixel from it, of a picture, uint8 [64, 64, 3]; float32."""
+    if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"got {image.dtype} {image.shape}, expected uint8 ({IMAGE_SIZE}, {IMAGE_SIZE}, 3), RGB")
+    pixels = image.astype(np.float32)
+    background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+    return background, _distance(pixels, background)
 
 
 def _measure(pixels: np.ndarray, region: np.ndarray, background: np.ndarray) -> Found:
@@ -115,9 +122,9 @@ def _measure(pixels: np.ndarray, region: np.ndarray, background: np.ndarray) -> 
     return Found(shape if fits else None, name, radius[shape], centre)
 
 
-def _compare(scene: Scene, found: tuple[Found, ...]) -> Iterator[str]:
+def _compare(scene: Scene, found: tuple[Found, ...], colours: bool) -> Iterator[str]:
     for want, have in zip(scene.objects, found, strict=True):
-        yield from _differences(want, have)
+        yield from _differences(want, have, colours)
     for relation, a, b in zip(scene.relations, found, found[1:], strict=False):
         dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
         along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy, None: np.inf}[relation]
@@ -125,10 +132,10 @@ def _compare(scene: Scene, found: tuple[Found, ...]) -> Iterator[str]:
             yield f"{a} is not {relation} {b}"
 
 
-def _differences(want: Object, have: Found) -> Iterator[str]:
+def _differences(want: Object, have: Found, colours: bool) -> Iterator[str]:
     if have.shape != want.shape:
         yield f"{have} should be a {want.shape}"
-    if have.colour != want.colour:
+    if colours and have.colour != want.colour:
         yield f"{have} should be {want.colour}"
     if want.size not in (None, have.size):
         yield f"{have} should be {want.size}"

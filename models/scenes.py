@@ -262,13 +262,17 @@ def place(scene: Scene, rng: Random, tries: int = 400) -> Layout | None:
     for _ in range(tries):
         radii = [RADII[o.size or rng.choice(tuple(RADII))] for o in scene.objects]
         centres = [(float(rng.choice(xs)), float(rng.choice(ys))) for xs, ys in spots]
-        apart = all(
-            np.hypot(x - u, y - v) >= (r + q) * _EXTENT + _GAP
-            for ((x, y), r), ((u, v), q) in combinations(zip(centres, radii, strict=True), 2)
-        )
-        if apart and all(map(_related, scene.relations, centres, centres[1:])):
+        if apart(radii, centres) and all(map(_related, scene.relations, centres, centres[1:])):
             return Layout(scene, tuple(radii), tuple(centres))
     return None
+
+
+def apart(radii: Sequence[float], centres: Sequence[tuple[float, float]]) -> bool:
+    """Whether objects of these radii and centres, in pixels, keep clear of each other."""
+    return all(
+        np.hypot(x - u, y - v) >= (r + q) * _EXTENT + _GAP
+        for ((x, y), r), ((u, v), q) in combinations(zip(centres, radii, strict=True), 2)
+    )
 
 
 _MIDDLE, _LOW, _HIGH = (28, 32, 36), (16, 20), (44, 48)

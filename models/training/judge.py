@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from benchmarks.adherence import check
@@ -23,12 +23,17 @@ def generate(
     device: torch.device,
     unet: nn.Module | None = None,
     *,
+    net: nn.Module | None = None,
+    hints: Tensor | None = None,
     guidance: float = 2.0,
     steps: int = 20,
     seed: int = 0,
     batch: int = 32,
 ) -> np.ndarray:
-    """Pictures of captions by DDIM with classifier-free guidance: uint8 [n, 64, 64, 3]."""
+    """Pictures of captions by DDIM with classifier-free guidance: uint8 [n, 64, 64, 3].
+
+    net, hints: a ControlNet and what it reads, float [n, 3, 64, 64] in 0..1.
+    """
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device)
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device)
@@ -45,7 +50,12 @@ def generate(
         with torch.autocast(device.type, torch.bfloat16):
             hidden = encoder(ids.to(device)).last_hidden_state
             for t in scheduler.timesteps:
-                both = unet(torch.cat([z, z]), t, hidden).sample.float()
+                twice, added = torch.cat([z, z]), {}
+                if net is not None and hints is not None:
+                    hint = hints[i : i + batch].to(device)
+                    down, middle = net(twice, t, hidden, torch.cat([hint, hint]), return_dict=False)
+                    added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+                both = unet(twice, t, hidden, **added).sample.float()
                 without, with_text = both.chunk(2)
                 z = scheduler.step(without + guidance * (with_text - without), t, z).prev_sample
             images.append(to_images(vae.decode(z / SCALING_FACTOR).sample))
