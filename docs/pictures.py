@@ -1,4 +1,4 @@
-"""Draw docs/tasks.png: what pictures, masks, hints and LoRAs do to the model that ships.
+"""Draw docs/tasks.png: what pictures, masks, hints, videos and LoRAs do to the model that ships.
 
     python -m docs.pictures                                   # exports models/shapes to a temporary bundle first
 
@@ -119,6 +119,25 @@ def control(pipe: Pipeline) -> list[Row]:
     return rows
 
 
+def video(pipe: Pipeline) -> list[Row]:
+    """A star that goes right and a circle that goes left, drawn anew with their edges as hints."""
+    shapes, sizes = ("star", "circle"), ("large", "small")
+
+    def moving(colours: Sequence[str], ground: str) -> list[Layout]:
+        objects = tuple(map(Object, shapes, colours, sizes))
+        return [Layout(Scene(objects, (None,), ground), tuple(scenes.RADII[size] for size in sizes),
+                       ((16.0 + 4 * n, 44.0), (44.0 - 4 * n, 16.0))) for n in range(7)]
+
+    frames = [Image.fromarray(frame) for frame in scenes.draw(moving(COLOURS[0][:2], GROUNDS[0]))]
+    wanted = moving(COLOURS[1][:2], "navy")
+    told = f"{listed(wanted[0].scene)} on a navy background"
+    request = ask(told, 0, frames=frames, strength=0.9, control=(Control("edges", frames, preprocessor="canny"),))
+    return [Row("the frames of a video", [Cell(frame) for frame in frames]),
+            Row(f'"{told}"   --frames VIDEO --control edges=VIDEO,preprocessor=canny', [
+                Cell(image, right=in_place(np.asarray(image), layout))
+                for image, layout in zip(pipe(request).images, wanted, strict=True)])]
+
+
 def listed(scene: Scene) -> str:
     """Its objects by colour and shape: "a red star, an orange cross and a blue circle"."""
     names = [f"{'an' if o.colour[0] in 'aeiou' else 'a'} {o.colour} {o.shape}" for o in scene.objects]
@@ -128,20 +147,18 @@ def listed(scene: Scene) -> str:
 def lora(pipe: Pipeline) -> list[Row]:
     told = scenes.held_out(7, seed=2)
     rows = []
-    for scale in (0.0, 0.5, 1.0):
+    for scale in (0.0, 1.0):
         images = draw(pipe, [ask(scene.caption, seed, loras=(Lora(str(LORA), scale),) if scale else ())
                              for seed, scene in enumerate(told)])
         title = f"--lora shapes-red-chalk/{LORA.name}:{scale:g}" if scale else "seven held-out captions, without"
-        rows.append(Row(title, [Cell(image, right=judged(np.asarray(image), scene, scale))
+        rows.append(Row(title, [Cell(image, right=judged(np.asarray(image), scene, scale > 0))
                                 for image, scene in zip(images, told, strict=True)]))
     return rows
 
 
-def judged(image: np.ndarray, scene: Scene, scale: float) -> bool | None:
-    """Without the LoRA whether all is right; with it whether all but colours is, in its style; None between the two."""
-    if scale == 0:
-        return check(image, scene).ok
-    return in_style(image) and check(image, scene, colours=False).ok if scale == 1 else None
+def judged(image: np.ndarray, scene: Scene, styled: bool) -> bool:
+    """Without the LoRA whether all is right; with it whether all but colours is, in its style."""
+    return in_style(image) and check(image, scene, colours=False).ok if styled else check(image, scene).ok
 
 
 def figure(sections: Sequence[tuple[str, Sequence[Row]]]) -> Image.Image:
@@ -171,7 +188,7 @@ def figure(sections: Sequence[tuple[str, Sequence[Row]]]) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the figure of what pictures, masks, hints and LoRAs do.")
+    parser = argparse.ArgumentParser(description="Draw the figure of what pictures, masks, hints, videos and LoRAs do.")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs/tasks.png")
     with tempfile.TemporaryDirectory() as folder:
         output, bundle = parser.parse_args().output, Path(folder) / "shapes.bundle"
@@ -179,7 +196,7 @@ def main() -> None:
         attach(NET, bundle, "edges", progress=False)
         pipe = Pipeline.load(bundle, "onnxruntime", batch=8, progress=False)
         sections = (("Image to image", image_to_image(pipe)), ("Inpainting", inpainting(pipe)),
-                    ("ControlNet for edges", control(pipe)), ("LoRA", lora(pipe)))
+                    ("ControlNet for edges", control(pipe)), ("Video", video(pipe)), ("LoRA", lora(pipe)))
         save(figure(sections), output, force=True)
 
 

@@ -71,7 +71,6 @@ class Frozen:
             return self.encoder(self.tokens(captions).to(self.worker.device)).last_hidden_state
 
 
-
 def batches(rng: Random, n: int, batch: int) -> Iterator[list[int]]:
     """Endless batches of row numbers below `n`; an epoch has each at most once, and no batch is cut short."""
     while True:
