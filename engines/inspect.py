@@ -17,6 +17,8 @@ CALLS = 5
 """Profiled calls of an engine, after a first."""
 LONGEST = 200
 """Characters of a recorded list that are shown."""
+SHOWN = 3
+"""Inputs, and outputs, of a component that are shown; parts of a UNet have dozens."""
 
 
 def describe(bundle: Bundle, path: Path) -> dict[str, Any]:
@@ -68,7 +70,9 @@ def bundle_text(bundle: Bundle) -> str:
     lines = [f"{bundle.path}: {manifest.family}, format {manifest.format}, {manifest.prediction_type} prediction, "
              f"{manifest.scheduler.get('_class_name', 'unnamed')}, {'x'.join(map(str, manifest.default_size))} pixels",
              f"latents: {latent.channels} channels, scale {latent.scale:g}, shift {latent.shift:g}, "
-             f"{latent.factor} pixels each"]
+             f"{latent.factor} pixels each",
+             f"tasks: {', '.join(manifest.tasks)}",
+             *([f"ControlNets: {', '.join(bundle.controls)}"] if bundle.controls else [])]
     lines += [f"extra denoiser channels: {extra.channels} of {extra.meaning}" for extra in manifest.extra_channels]
     lines += [f"text: {text.component} gives {text.hidden_layer}, {text.max_length} tokens by {text.tokenizer}"
               for text in manifest.text]
@@ -166,7 +170,8 @@ def _state(bundle: Bundle, record: store.Record) -> str:
 
 
 def _shapes(specs: tuple[TensorSpec, ...]) -> str:
-    return ", ".join(f"{s.name}[{', '.join(map(str, s.shape))}]" for s in specs)
+    rest = [f"… {len(specs) - SHOWN} more"] if len(specs) > SHOWN else []
+    return ", ".join([f"{s.name}[{', '.join(map(str, s.shape))}]" for s in specs[:SHOWN]] + rest)
 
 
 def _bytes(bundle: Bundle, files: Any) -> int:

@@ -88,6 +88,9 @@ def task_of(request: Request, manifest: Manifest) -> str:
     wanted = next((task for name, task in (("frames", "video"), ("mask", "inpaint"), ("image", "image-to-image"))
                    if name in brought), "text-to-image")
     task = wanted if wanted in tasks else tasks[0]
+    if wanted == "video" != task:
+        raise ValueError(f"frames: got a video, expected none: this {manifest.family} model does {', '.join(tasks)}; "
+                         "use one that starts from latents alone, exported by this version")
     if request.task == "invert" and request.output != "latent":
         raise ValueError(f"output: got {request.output!r} for a picture to invert, expected 'latent': what comes "
                          "of it is noise, to be passed on as latents=…")

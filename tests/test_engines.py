@@ -554,6 +554,7 @@ def test_build_list_inspect_verify(bundle, capsys):
     assert len(listed["engines"]) == 7 and {e["state"] for e in listed["engines"]} == {"ok"}
     status, out, _ = run(capsys, "inspect", bundle.path)
     assert status == 0 and "noise_pred[batch, 4, latent_height, latent_width]" in out and "1 Attention" in out
+    assert f"tasks: {', '.join(bundle.manifest.tasks)}" in out
     status, out, _ = run(capsys, "verify", bundle.path)
     assert status == 0 and out.count("ok") == 8
     (bundle.path / "unet.onnx.data").write_bytes(b"damaged")
