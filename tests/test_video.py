@@ -159,7 +159,7 @@ def test_what_cannot_be_is_refused(ours, options, message):
         ours(request_of(**options))
 
 
-def test_a_bundle_without_the_graph_says_so(ours, controlled, tmp_path):
+def test_a_bundle_without_the_graph_says_so(controlled):
     bundle = Bundle.open(controlled)
     assert not [name for name in store.used(bundle, "onnxruntime") if "frames" in name], "built at first use alone"
     components = {n: c for n, c in bundle.manifest.components.items() if "frames" not in n}
@@ -167,7 +167,7 @@ def test_a_bundle_without_the_graph_says_so(ours, controlled, tmp_path):
     with pytest.raises(ValueError, match=r"frames: got a video, expected none: this .* model does text-to-image"):
         task_of(Request("", frames=FRAMES), dataclasses.replace(bundle.manifest, components=components))
     with pytest.raises(ValueError, match="task: got 'video', expected one of text-to-image"):
-        task_of(Request("", frames=FRAMES, task="video"), dataclasses.replace(bundle.manifest, components=components))
+        task_of(Request("", task="video"), dataclasses.replace(bundle.manifest, components=components))
 
 
 # Files
