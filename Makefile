@@ -19,7 +19,7 @@ STUBS := .venv/stubs/tensorrt_bindings/tensorrt.pyi
 BUNDLE := build/shapes.bundle
 # What a bundle is made of and by: a change to any of these exports it again.
 BUNDLE_SOURCES := $(shell find models/shapes -type f 2>/dev/null) $(shell find export -name '*.py' -o -path '*/configs/*') \
-    engines/bundle.py engines/spec.py
+    engines/bundle/manifest.py engines/spec.py
 
 .PHONY: help demo test check lint native-asan clean distclean
 
@@ -53,7 +53,7 @@ native-asan: .venv/.installed
 	@cmake -S . -B build/native-asan -DLATENTRT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	@cmake --build build/native-asan --parallel
 	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    LATENTRT_TEST_LIBRARY=build/native-asan/liblatentrt_kernels.so $(PY) -m pytest tests/test_native.py $(ARGS)
+	    LATENTRT_TEST_LIBRARY=build/native-asan/liblatentrt_kernels.so $(PY) -m pytest tests/kernels/cpu/test_native.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -67,7 +67,7 @@ def _openvino() -> str:
 
 setup(
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
-    package_data={"export": ["configs/**/*"], "kernels": ["csrc/latentrt_kernels.h"]},
+    package_data={"export.sources": ["configs/**/*"], "kernels": ["csrc/latentrt_kernels.h"]},
     ext_modules=[Extension(f"kernels.{name}", sources=[], optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from engines import EngineError
-from engines.interrupt import interruptible
+from engines.cli.interrupt import interruptible
 from export import ExportError
 
 COMMANDS = {

@@ -64,7 +64,7 @@ others() {
     local rest=() file
     for file in $(grep -l 'mark\.gpu' tests/test_*.py); do
         case $file in
-            tests/test_attention.py | tests/test_group_norm.py | tests/test_aot.py | tests/test_device.py) ;;
+            tests/kernels/triton/test_attention.py | tests/kernels/triton/test_group_norm.py | tests/kernels/aot/test_build.py | tests/runtime/devices/test_cuda.py) ;;
             *) rest+=("$file") ;;
         esac
     done
@@ -101,10 +101,10 @@ versions
 jobs=()
 if chosen tests; then
     build & jobs+=($!)
-    pytest_gpu attention tests/test_attention.py & jobs+=($!)
-    pytest_gpu group_norm tests/test_group_norm.py & jobs+=($!)
-    pytest_gpu cubins tests/test_aot.py & jobs+=($!)
-    pytest_gpu loop tests/test_device.py & jobs+=($!)
+    pytest_gpu attention tests/kernels/triton/test_attention.py & jobs+=($!)
+    pytest_gpu group_norm tests/kernels/triton/test_group_norm.py & jobs+=($!)
+    pytest_gpu cubins tests/kernels/aot/test_build.py & jobs+=($!)
+    pytest_gpu loop tests/runtime/devices/test_cuda.py & jobs+=($!)
     others & jobs+=($!)
 fi
 models "$(chosen tests && limit tests || echo 240)" & jobs+=($!)

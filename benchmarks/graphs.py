@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import measure
+from benchmarks.harness import measure
 from engines import BACKENDS, EngineError
-from engines.options import picture_size, positive
+from engines.cli.options import picture_size, positive
 from runtime import Pipeline, Request
 
 

@@ -38,11 +38,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from benchmarks import measure
-from engines.options import positive
+from benchmarks.harness import measure
+from engines.cli.options import positive
 
 if TYPE_CHECKING:
-    from benchmarks.contenders import Bench, Contender, Run, Setting
+    from benchmarks.harness.contenders import Bench, Contender, Run, Setting
 
 OPS = ("attention", "group_norm", "layer_norm", "geglu", "guidance_step", "to_image")
 DTYPES = {"cpu": ("bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if "torch" in sys.modules:
             raise ValueError("--torch-isa: got torch loaded already, expected a new process; run it from a shell")
         os.environ.update(TORCH_LIMITS[args.torch_isa])
-    from benchmarks import contenders
+    from benchmarks.harness import contenders
 
     setting = _setting(args)
     dtypes = args.dtype or (DTYPES["cpu"] if setting.device == "cpu" else ("fp16",))
@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
 def _setting(args: argparse.Namespace) -> Setting:
     import torch
 
-    from benchmarks.contenders import Setting
-    from kernels import native
+    from benchmarks.harness.contenders import Setting
+    from kernels.cpu import native
 
     threads, isas = args.threads or len(os.sched_getaffinity(0)), tuple(args.isa or ())
     if args.device == "cuda":
@@ -157,7 +157,7 @@ def _device(setting: Setting) -> dict[str, Any]:
 
 def _measure(bench: Bench, setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     """Check everyone, time those that pass in turn, and derive rates and ratios."""
-    from benchmarks.contenders import Contender
+    from benchmarks.harness.contenders import Contender
 
     left_out: dict[str, str] = {}
     runners = {name: Contender(run, bench.inputs) for name, run in _checked(bench, left_out).items()}

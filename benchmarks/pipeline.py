@@ -31,11 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import limits, measure, random_model, turns
-from benchmarks.given import configure_compiler, freeze
-from benchmarks.turns import Contender, Job, Measured, number
+from benchmarks.harness import limits, measure, random_model, turns
+from benchmarks.harness.given import configure_compiler, freeze
+from benchmarks.harness.turns import Contender, Job, Measured, number
 from engines import Bundle
-from engines.options import positive
+from engines.cli.options import positive
 
 STAGES = ("text", "denoise", "decode")
 TEXT = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -127,7 +127,7 @@ def ours(backend: str, dtype: str) -> Contender:
 
 
 def _ours(backend: str, dtype: str, job: Drawing) -> Draw:
-    from engines import build_all
+    from engines.store.store import build_all
     from runtime import Pipeline, Request
 
     size = (job.height, job.width)

@@ -1,7 +1,7 @@
 """Prompt adherence of the shapes model: does each picture hold what its caption asks for?
 
 Every engine draws the same 256 captions, which training never met, from the same seeds; a checker that knows nothing
-of the model (benchmarks/adherence.py) says which pictures are right in every object, colour, size, relation and
+of the model (models/world/adherence.py) says which pictures are right in every object, colour, size, relation and
 background.
 """
 
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import measure
-from benchmarks.adherence import Verdict, check
-from engines.options import positive, setting
-from engines.verify import difference
-from models.scenes import Scene, held_out
+from benchmarks.harness import measure
+from engines.check.verify import difference
+from engines.cli.options import positive, setting
+from models.world.adherence import Verdict, check
+from models.world.scenes import Scene, held_out
 from runtime import Pipeline, Request
-from runtime.images import grid
+from runtime.pictures.save import grid
 
 MAY_LOSE = 1.0
 """Points, of a hundred captions, that an engine may be behind the one it is held against."""

@@ -14,7 +14,7 @@ must be is in tests/: ONNX Runtime's pictures are those of diffusers, to 1e-3 of
 How to read it: `built`: TensorRT-RTX compiled each engine that the task runs for an sm_89 GPU, and this machine has
 none to run them; `needs a GPU`: not even that, as engines whose weights change are built where they run. `failed`: what
 happened is said below the table. `missing`: this machine lacks what the engine needs.
-A figure over twice what one call of an engine may be off (engines.verify.TOLERANCE) counts as failed, as errors of
+A figure over twice what one call of an engine may be off (engines.check.verify.TOLERANCE) counts as failed, as errors of
 steps add up. The exit status is 1 where anything failed. With random weights figures say little of pictures: no
 training has made the model forgive rounding, and guidance enlarges it.
 """
@@ -38,9 +38,10 @@ import numpy as np
 from tqdm import tqdm
 
 import engines
-from benchmarks import measure
-from benchmarks.task_cases import CASES, SIZE, STEPS, Case, Model, models
-from engines import store, verify
+from benchmarks.harness import measure
+from benchmarks.harness.task_cases import CASES, SIZE, STEPS, Case, Model, models
+from engines.check import verify
+from engines.store import store
 from runtime import Pipeline, Request
 
 MAY_GROW = 2
@@ -172,7 +173,7 @@ def _measured(case: Case, model: Model, request: Request, column: Column, truth:
 
 def _built(case: Case, model: Model, column: Column, built: dict[tuple[str, str], str | None]) -> dict[str, Any]:
     """Every engine that the task runs, for a GPU that is not here."""
-    if case.refits:  # tests/test_tensorrt.py shows that it is refused
+    if case.refits:  # tests/engines/tensorrt/test_backend.py shows that it is refused
         return {"error": None, "needs": "the GPU while it is built: option refit=true"}
     names, errors = _components(case, model, column), {}
     for name in names:
@@ -193,7 +194,7 @@ def _built(case: Case, model: Model, column: Column, built: dict[tuple[str, str]
 def _components(case: Case, model: Model, column: Column) -> list[str]:
     """What the pipeline runs of the bundle for this task."""
     if case.video:
-        unet = "unet_frames_body" if engines.in_parts(model.bundle, column.backend) else "unet_frames"
+        unet = "unet_frames_body" if store.in_parts(model.bundle, column.backend) else "unet_frames"
         plain = _components(dataclasses.replace(case, video=False), model, column)
         return [unet if name == unet.replace("frames", "control") else name for name in plain]
     wanted = []

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import components
+from benchmarks.harness import components
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

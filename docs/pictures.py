@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.adherence import check
-from benchmarks.steering import in_place, in_style
 from export import export
 from export.attach import attach
-from models import placed, scenes
-from models.scenes import Layout, Object, Scene, parse
+from models.world import placed, scenes
+from models.world.adherence import check
+from models.world.scenes import Layout, Object, Scene, parse
+from models.world.steering import in_place, in_style
 from runtime import Control, Lora, Pipeline, Request
-from runtime.images import save
+from runtime.pictures.save import save
 
 ROOT = Path(__file__).parent.parent
 NET, LORA = ROOT / "models/shapes-edges", ROOT / "models/shapes-red-chalk/pytorch_lora_weights.safetensors"

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines import show, store, trajectory, verify
 from engines.bundle import Bundle
-from engines.choice import choose
-from engines.inspect import backend_of, bundle_text, describe, engine_table, engine_text, look_inside, read
-from engines.interrupt import interruptible
-from engines.kernel_options import add_kernel_options, kernel_options
-from engines.options import picture_size, positive
+from engines.check import trajectory, verify
+from engines.check.trajectory import Trajectory
+from engines.cli import tables as show
+from engines.cli.inspect import backend_of, bundle_text, describe, engine_table, engine_text, look_inside, read
+from engines.cli.interrupt import interruptible
+from engines.cli.kernel_options import add_kernel_options, kernel_options
+from engines.cli.options import picture_size, positive
 from engines.spec import DTYPES, EngineError
-from engines.trajectory import Trajectory
+from engines.store import store
+from engines.store.choose import choose
 
 EXAMPLES = """examples:
   python -m engines list                                        backends of this machine

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from engines.low_rank import Weight
+from engines.onnx.low_rank import Weight
 
 DTYPES = ("fp32", "fp16", "bf16")
 

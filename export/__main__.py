@@ -10,12 +10,14 @@ from pathlib import Path
 
 import engines
 from engines.bundle import Bundle
-from engines.interrupt import interruptible
-from engines.kernel_options import add_kernel_options, kernel_options
-from engines.options import picture_size, positive
+from engines.cli.interrupt import interruptible
+from engines.cli.kernel_options import add_kernel_options, kernel_options
+from engines.cli.options import picture_size, positive
 from engines.spec import DTYPES, EngineConfig, EngineError
-from export import FAMILIES, ExportError, export
+from engines.store import store
 from export.attach import attach, detach
+from export.bundle import export
+from export.errors import FAMILIES, ExportError
 
 EXAMPLES = """
 examples:
@@ -74,7 +76,7 @@ def _run(options: argparse.Namespace) -> tuple[Bundle, list[str]]:
     dtype = options.dtype if options.dtype != "auto" else "fp16" if options.gpu else "fp32"
     device = "cpu"
     if build != "none":  # before the long part: a missing backend, or a GPU it has no code for, shows at once
-        from engines.choice import choose
+        from engines.store.choose import choose
 
         engine, computes, device, why = choose(build, options.dtype, device=options.gpu or "auto",
                                                build=options.gpu is not None)
@@ -94,7 +96,7 @@ def _run(options: argparse.Namespace) -> tuple[Bundle, list[str]]:
                         dtype=dtype, config=options.config, tokenizer=options.tokenizer)
         names = list(bundle.manifest.components)
     if build != "none":
-        engines.build_all(bundle, engine, sizes=options.size or (), batches=options.batch or (1,), dtype=computes,
+        store.build_all(bundle, engine, sizes=options.size or (), batches=options.batch or (1,), dtype=computes,
                           device=device, options=own)
     return bundle, names
 

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 import engines
 from engines.bundle import CONTROL, Bundle, Component, Manifest, write_manifest
-from engines.publish import lock
+from engines.bundle.publish import lock
 from engines.spec import EngineError
-from export import ExportError, provenance
+from export.bundle import provenance
+from export.errors import ExportError
 
 _TEMPORARY = ".adding."
 _OURS = re.compile(r"(control_[\w-]+|vae)-[0-9a-f]{12}|vae_(de|en)coder\.onnx(\.data)?|"
@@ -42,8 +43,8 @@ def attach(source: str | Path, bundle: str | Path, name: str | None = None, *, e
     Raises ExportError or engines.EngineError; the bundle is then what it was.
     """
     with _writing(Path(bundle)) as (old, directory):
-        from export.addition import open_addition
-        from export.component import STAGES, export_component, precision
+        from export.sources.addition import open_addition
+        from export.trace.component import STAGES, export_component, precision
 
         found = open_addition(Path(source), old, name, encoder, config)
         made: dict[str, Component] = {}

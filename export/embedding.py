@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from export import ExportError
-from export.weights import read_pickle
+from export.errors import ExportError
+from export.sources.weights import read_pickle
 
 ENCODERS = ({"clip_l", "clip_g"}, {"text_encoders_0", "text_encoders_1"})
 """Names of the tensors for the two text encoders of Stable Diffusion XL."""
@@ -23,7 +23,7 @@ def convert(source: Path, target: Path, name: str | None = None, force: bool = F
     """Write the textual inversion of a .pt or .bin file as safetensors and return its tensors, [n, width] each.
 
     source: what diffusers saves, a dictionary of one word and its vectors; what the Stable Diffusion web UI saves, with
-    `string_to_param` and `name`; or one for Stable Diffusion XL, whose tensors keep their names (`runtime.embeddings`).
+    `string_to_param` and `name`; or one for Stable Diffusion XL, whose tensors keep their names (`runtime.text.embeddings`).
     name: the word, instead of the file's own. Raises ExportError where `source` is none of these, or loading it would
     run code, and where `target` exists and `force` is false.
     """

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels import aot
-from kernels.artefact import ARCHS, KernelError, artefacts
+from kernels.aot import build as aot
+from kernels.aot.artefact import ARCHS, KernelError, artefacts
 
 OUTPUT = Path("build/kernels")
 

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kernels.artefact import KernelError
+from kernels.aot.artefact import KernelError
 
 OPS = ("step_input", "accumulate", "guidance_step", "to_image")
 """What the runtime launches itself."""
 
-SOURCES = (*(f"{op}.py" for op in OPS), "step_table.py", "checks.py", "artefact.py", "calls.py")
+SOURCES = (*(f"triton/{op}.py" for op in OPS), "host/step_table.py", "triton/checks.py", "aot/artefact.py", "calls.py")
 """The files that decide what these ops do and how they are launched."""
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}

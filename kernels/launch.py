@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.artefact import SCRATCH, Artefact, KernelError, arch_for
+from kernels.aot.artefact import SCRATCH, Artefact, KernelError, arch_for
 
 SCALARS: dict[str, Callable[[int | float], Any]] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from PIL import Image
 
-import engines
 from engines import Bundle
-from engines.choice import choose
-from engines.interrupt import interruptible
-from runtime import EngineError, Pipeline, Request, Result, images, tasks, video
-from runtime.options import LATENTS, parser, requests_of
+from engines.cli.interrupt import interruptible
+from engines.store import store
+from engines.store.choose import choose
+from runtime import EngineError, Pipeline, Request, Result
+from runtime.cli.options import LATENTS, parser, requests_of
+from runtime.pictures import save as images
+from runtime.pictures import video
+from runtime.tasks import tasks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +80,7 @@ def _open(args: argparse.Namespace, path: Path, requests: list[Request]) -> tupl
     choice = choose(args.backend, args.dtype, args.device, bundle=bundle, size=size, batch=args.batch,
                     threads=args.threads)
     if args.rebuild:
-        engines.build_all(bundle, choice.backend, sizes=[size], batches=[args.batch], dtype=choice.dtype,
+        store.build_all(bundle, choice.backend, sizes=[size], batches=[args.batch], dtype=choice.dtype,
                           device=choice.device, threads=args.threads, rebuild=True, options=options)
     pipe = Pipeline.load(path, choice.backend, dtype=choice.dtype, device=choice.device, size=size, batch=args.batch,
                          threads=args.threads, eager=args.eager, progress=not args.quiet, tile=args.tile,

@@ -18,23 +18,26 @@ from tqdm import tqdm
 import engines
 from engines import Bundle, Engine, EngineError
 from engines.bundle import CONTROL
-from engines.choice import choose
-from engines.gpu import gpus
-from engines.runtime_kernels import runtime_kernels
-from kernels.artefact import KernelError
-from runtime import checks, pictures, tiles, video
-from runtime.buffers import BoundEngine
-from runtime.decode import Decoder
-from runtime.denoise import Job, denoise
-from runtime.device import Cuda, Device
-from runtime.encode import Text, TextEncoders
-from runtime.host import Host
-from runtime.images import to_uint8
-from runtime.lora import Lora, Loras
-from runtime.request import Request, Step
-from runtime.slots import Capacity, Slots
-from runtime.tasks import Encoded, Model, blank, jobs, paste, resolve, table_of
-from runtime.unet import UNet
+from engines.machine.gpu import gpus
+from engines.store import store
+from engines.store.choose import choose
+from engines.store.runtime_kernels import runtime_kernels
+from kernels.aot.artefact import KernelError
+from runtime.devices.bound import BoundEngine
+from runtime.devices.device import Cuda, Device
+from runtime.devices.host import Host
+from runtime.loop.denoise import Job, denoise
+from runtime.loop.slots import Capacity, Slots
+from runtime.lora.application import Lora, Loras
+from runtime.networks.decoder import Decoder
+from runtime.networks.denoiser import UNet
+from runtime.pictures import read as pictures
+from runtime.pictures import tiles, video
+from runtime.pictures.save import to_uint8
+from runtime.request import checks
+from runtime.request.request import Request, Step
+from runtime.tasks.tasks import Encoded, Model, blank, jobs, paste, resolve, table_of
+from runtime.text.encoders import Text, TextEncoders
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,7 @@ class Pipeline:
         self._engines: dict[tuple[str, int, int, int, int], BoundEngine] = {}
         self._decoders: dict[tuple[int, int], Decoder] = {}
         self._slots: dict[tuple[Any, ...], Slots] = {}
-        self._unet = UNet(bundle, self._engine, engines.in_parts(bundle, backend))
+        self._unet = UNet(bundle, self._engine, store.in_parts(bundle, backend))
         self._loras = Loras(bundle)
         self._texts = TextEncoders(bundle, self._engine)
         self._nets: dict[str, UNet] = {}
@@ -116,7 +119,7 @@ class Pipeline:
         for the one that the backend is for. size: (height, width) pixels; the model's own by default. batch: images
         denoised together. threads: CPU threads, 0 for all cores. eager: no CUDA graphs. progress: bars on a terminal.
         tile: pixels; larger pictures go through the VAE in overlapping tiles of that side, in the memory of one
-        (`runtime.tiles`). options: settings of the backend, such as {"fp8": "linear"}, as `python -m engines build
+        (`runtime.pictures.tiles`). options: settings of the backend, such as {"fp8": "linear"}, as `python -m engines build
         --option` takes them.
         safety_checker: sees every finished picture, and returns it or another, or None to withhold it. depth_estimator:
         gives a depth map, [H, W] in any unit, of the picture of a request that has none but needs one.
@@ -232,7 +235,7 @@ class Pipeline:
         """An attached ControlNet."""
         if name not in self._nets:
             component = CONTROL + name
-            parts = engines.in_parts(self.bundle, self.backend, component)
+            parts = store.in_parts(self.bundle, self.backend, component)
             self._nets[name] = UNet(self.bundle, self._engine, parts, component)
         return self._nets[name]
 
@@ -342,7 +345,7 @@ class Pipeline:
                                         width=width, sequence=tokens, threads=self._threads, device=self.device,
                                         options=self._options)
             start = time.perf_counter()
-            engine = engines.load(self.bundle, component, config)
+            engine = store.load(self.bundle, component, config)
             self._engines[key] = BoundEngine(engine, self._place(engine))
             logger.info("%s %s ready in %.2f s", component, config.dims, time.perf_counter() - start)
         return self._loras.fit(component, self._engines[key])

@@ -83,8 +83,8 @@ def once(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Lazy:
-    """Tiny random checkpoints by the name of their builder in tests/tiny.py, and the model that ships as "shapes"."""
-    from tests import tiny
+    """Tiny random checkpoints by the name of their builder in models/tiny.py, and the model that ships as "shapes"."""
+    from models import tiny
 
     def make(name: str) -> Path:
         return SHAPES if name == "shapes" else getattr(tiny, name)(tmp_path_factory.mktemp("checkpoints") / name)
@@ -103,7 +103,7 @@ def bundles(checkpoints: Lazy, once: Callable[[str, Callable[[Path], object]], P
 @pytest.fixture(scope="session")
 def edge_net(checkpoints: Lazy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ControlNet for the checkpoint "sd1"."""
-    from tests import tiny
+    from models import tiny
 
     return tiny.control(tmp_path_factory.mktemp("control") / "edge net", checkpoints["sd1"])
 

@@ -1,6 +1,6 @@
 """Who may import whom, what an import costs, and life beside the other package named `kernels`.
 
-The rules are those of docs/adr/0001-layout.md.
+The rules are folders: docs/adr/0001-layout.md and docs/adr/0012-rooms.md.
 """
 
 import ast
@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,37 +21,38 @@ MAY_IMPORT = {
     "engines": {"kernels"},
     "export": {"engines", "kernels"},
     "runtime": {"engines", "kernels"},
+    "models": {"engines", "export", "kernels", "runtime"},
+    "benchmarks": {"engines", "export", "kernels", "models", "runtime"},
+    "tests": {"benchmarks", "docs", "engines", "export", "kernels", "models", "runtime"},
 }
-OURS = {*MAY_IMPORT, "benchmarks", "models", "tests"}
+SLIM = ("kernels", "engines", "runtime")
+"""Packages that are imported without HEAVY ones, which only their rooms of TORCH need."""
 HEAVY = {"torch", "triton", "onnx", "onnxscript", "diffusers", "transformers"}
-VENDORS = {"onnxruntime": "engines/onnxruntime.py", "openvino": "engines/openvino.py",
-           "tensorrt": "engines/tensorrt.py", "tensorrt_rtx_bindings": "engines/tensorrt.py",
-           "cuda": "kernels/launch.py"}
-TRITON = {f"kernels/{name}.py" for name in (
-    "accumulate", "attention", "checks", "geglu", "group_norm", "guidance_step", "layer_norm", "step_input", "to_image",
-    "traced")}
-LAZY = {"kernels/native_ops.py",
-        *(f"engines/{name}.py" for name in ("inductor_choice", "inductor_fp8", "onnx_sites", "onnx_torch"))}
-"""Files that only functions import: of the inductor backend."""
+TORCH = ("kernels/triton/", "kernels/cpu/torch_ops.py", "engines/inductor/torch/")
+"""Rooms whose files import torch, and Triton, when they are imported themselves; only functions import these rooms."""
+VENDORS = {"onnxruntime": "engines/onnxruntime/", "openvino": "engines/openvino/", "tensorrt": "engines/tensorrt/",
+           "tensorrt_rtx_bindings": "engines/tensorrt/", "cuda": "kernels/launch.py"}
+"""A vendor's package → the room that imports it, in functions alone."""
 SECONDS_TO_IMPORT = 1.0
 
 
 def imports(node: ast.AST, lazy: bool, types: bool = True) -> Iterator[str]:
-    """Top-level names that `node` imports; with lazy=False only those that importing the file itself brings in.
+    """Dotted names that `node` imports; with lazy=False only those that importing the file itself brings in.
 
-    types: those that only a type checker imports too, where lazy ones count.
+    types: those that only a type checker imports too, where lazy ones count. `from a import b` gives "a" and "a.b".
     """
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.Import(names=names):
-                yield from (alias.name.partition(".")[0] for alias in names)
-            case ast.ImportFrom(module=str(module), level=0):
-                yield module.partition(".")[0]
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=str(module), level=0, names=names):
+                yield module
+                yield from (f"{module}.{alias.name}" for alias in names)
             case ast.Call(
                 func=ast.Attribute(attr="import_module") | ast.Name(id="import_module"),
                 args=[ast.Constant(value=str(module)), *_],
             ):
-                yield module.partition(".")[0]
+                yield module
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda() if not lazy:
                 continue
             case ast.If(test=ast.Name(id="TYPE_CHECKING")) if not (lazy and types):
@@ -59,11 +60,55 @@ def imports(node: ast.AST, lazy: bool, types: bool = True) -> Iterator[str]:
         yield from imports(child, lazy, types)
 
 
-def imports_of_package(package: str, lazy: bool, types: bool = True) -> dict[str, set[str]]:
-    """File, relative to the repository → the top-level names it imports."""
-    files = sorted((ROOT / package).rglob("*.py"))
+def files_of(package: str, root: Path = ROOT) -> dict[str, ast.Module]:
+    """File, relative to `root` → its syntax tree, for every file of a package."""
+    files = sorted((root / package).rglob("*.py"))
     assert files, f"{package}/ has no Python file to read"
-    return {str(f.relative_to(ROOT)): set(imports(ast.parse(f.read_text(encoding="utf8")), lazy, types)) for f in files}
+    return {str(file.relative_to(root)): ast.parse(file.read_text(encoding="utf8")) for file in files}
+
+
+def top_level(names: Iterator[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def imported_files(root: Path = ROOT) -> dict[str, set[str]]:
+    """File → the files of ours that it imports, lazily or for its types too. A name of a package is its __init__.py,
+    unless it is a file of it."""
+    trees = {name: tree for package in MAY_IMPORT if (root / package).is_dir() for name, tree in files_of(package, root).items()}
+    modules = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in trees}
+    found: dict[str, set[str]] = {}
+    for name, tree in trees.items():
+        names = set(imports(tree, lazy=True))
+        whole = {n for n in names if not any(other.startswith(f"{n}.") and other in modules for other in names)}
+        found[name] = {modules[n] for n in whole if n in modules} - {name}
+    return found
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Every set of files that import one another, by Tarjan's algorithm (SIAM J. Comput. 1(2), 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(graph[name]):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            at = stack.index(name)
+            if len(stack) > at + 1:
+                found.append(sorted(stack[at:]))
+            del stack[at:]
+
+    for name in graph:
+        if name not in index:
+            visit(name)
+    return found
 
 
 def run_python(code: str, cwd: Path, *path: Path) -> subprocess.CompletedProcess[str]:
@@ -103,40 +148,68 @@ class Class:
     except ImportError:
         pass
 """)
-    assert set(imports(tree, lazy=True)) == {"a", "c", "f", "g", "h", "j"}
-    assert set(imports(tree, lazy=True, types=False)) == {"a", "c", "g", "h", "j"}
-    assert set(imports(tree, lazy=False)) == {"a", "c", "j"}
+    assert top_level(imports(tree, lazy=True)) == {"a", "c", "f", "g", "h", "j"}
+    assert top_level(imports(tree, lazy=True, types=False)) == {"a", "c", "g", "h", "j"}
+    assert top_level(imports(tree, lazy=False)) == {"a", "c", "j"}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_dependency_direction(package):
-    forbidden = OURS - MAY_IMPORT[package] - {package}
-    files = imports_of_package(package, lazy=True)
+    forbidden = MAY_IMPORT.keys() - MAY_IMPORT[package] - {package}
+    files = {file: top_level(imports(tree, lazy=True)) for file, tree in files_of(package).items()}
     assert not {file: wrong for file, names in files.items() if (wrong := names & forbidden)}
 
 
-@pytest.mark.parametrize("package", ["runtime", "engines", "kernels"])
+def test_no_circle_of_imports():
+    assert circles(imported_files()) == []
+
+
+@pytest.mark.parametrize("how", ["import engines.b", "from engines import b", "from engines.b import c",
+                                 "def f():\n    from engines import b", "if TYPE_CHECKING:\n    from engines import b"])
+def test_a_circle_is_found(how, tmp_path):
+    (tmp_path / "engines").mkdir()
+    for name, text in {"__init__": "", "a": how, "b": "from engines.d import x", "d": "import engines.a", "e": "import engines.a"}.items():
+        (tmp_path / "engines" / f"{name}.py").write_text(text, encoding="utf8")
+    assert circles(imported_files(tmp_path)) == [[f"engines/{name}.py" for name in "abd"]]
+
+
+@pytest.mark.parametrize("package", SLIM)
 def test_no_file_loads_a_heavy_package_when_imported(package):
-    """But those of the Triton kernels, which the runtime never imports, and LAZY."""
-    files = imports_of_package(package, lazy=False)
-    assert not {file: wrong for file, names in files.items() if file not in TRITON | LAZY and (wrong := names & HEAVY)}
+    """But those of the rooms of TORCH."""
+    files = {file: top_level(imports(tree, lazy=False)) for file, tree in files_of(package).items()}
+    assert not {file: wrong for file, names in files.items() if not file.startswith(TORCH) and (wrong := names & HEAVY)}
 
 
-def test_the_runtime_imports_no_triton_kernel():
-    modules = {file.removesuffix(".py").replace("/", ".") for file in TRITON}
-    for file in sorted((ROOT / "runtime").rglob("*.py")) + sorted((ROOT / "engines").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf8"))):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                assert not {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} & modules, file
-            elif isinstance(node, ast.Import):
-                assert not {alias.name for alias in node.names} & modules, file
+def test_only_functions_import_the_rooms_of_torch():
+    rooms = tuple(room.removesuffix(".py").rstrip("/").replace("/", ".") for room in TORCH)
+    wrong = {file: names for package in SLIM for file, tree in files_of(package).items() if not file.startswith(TORCH)
+             and (names := [n for n in imports(tree, lazy=False) if n.startswith(rooms)])}
+    assert not wrong
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
-def test_one_file_imports_each_vendor(vendor):
-    files = {file: names for package in MAY_IMPORT
-             for file, names in imports_of_package(package, lazy=True, types=False).items()}
-    assert [file for file, names in files.items() if vendor in names] == [VENDORS[vendor]]
+def test_one_room_imports_each_vendor(vendor):
+    files = [file for package in (*SLIM, "export") for file, tree in files_of(package).items()
+             if vendor in top_level(imports(tree, lazy=True, types=False))]
+    assert files and all(file.startswith(VENDORS[vendor]) for file in files), files
+    at_import = [file for file in files if vendor in top_level(imports(ast.parse((ROOT / file).read_text()), lazy=False))]
+    assert not at_import
+
+
+def test_backends_never_import_each_other():
+    rooms = ("engines/onnxruntime/", "engines/openvino/", "engines/tensorrt/", "engines/inductor/")
+    wrong = {file: others for file, imported in imported_files().items() for room in rooms if file.startswith(room)
+             and (others := [o for o in imported if o.startswith(rooms) and not o.startswith(room)])}
+    assert not wrong
+
+
+def test_no_folder_has_more_than_twelve_files():
+    """`__init__.py` apart: such a folder is two rooms."""
+    folders: dict[str, int] = {}
+    for package in MAY_IMPORT.keys() - {"tests"}:
+        for file in files_of(package):
+            folders[os.path.dirname(file)] = folders.get(os.path.dirname(file), 0) + (not file.endswith("__init__.py"))
+    assert not {folder: count for folder, count in folders.items() if count > 12}
 
 
 @pytest.mark.parametrize("package", ["runtime", "engines", "kernels"])

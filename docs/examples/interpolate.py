@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from runtime import Lora, Pipeline, Request
-from runtime.interpolate import slerp
+from runtime.loop.interpolate import slerp
 
 MILLISECONDS = 100
 """Of a frame."""

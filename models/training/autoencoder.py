@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from benchmarks.adherence import check
-from models import scenes
 from models.training.fit import Worker, fit, log
 from models.training.parts import RAW_DEVIATION, build_vae
 from models.training.pictures import draw_scenes, save_grid, to_images, to_tensor
+from models.world import scenes
+from models.world.adherence import check
 
 
 def train_vae(worker: Worker) -> None:

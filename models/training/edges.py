@@ -9,15 +9,15 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.steering import in_place, overlap
-from engines.publish import publish
-from models import scenes
-from models.placed import edges, held_out, scatter, training_caption
-from models.scenes import Scene
+from engines.bundle.publish import publish
 from models.training.fit import Worker, fit, log
 from models.training.frozen import Frozen, batches
 from models.training.judge import generate
 from models.training.pictures import save_grid, to_tensor
+from models.world import scenes
+from models.world.placed import edges, held_out, scatter, training_caption
+from models.world.scenes import Scene
+from models.world.steering import in_place, overlap
 
 
 def build_net(unet: UNet2DConditionModel) -> ControlNetModel:

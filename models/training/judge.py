@@ -8,12 +8,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from benchmarks.adherence import check
-from models import scenes
-from models.scenes import Scene
 from models.training.fit import log
 from models.training.parts import SCALING_FACTOR
 from models.training.pictures import to_images
+from models.world import scenes
+from models.world.adherence import check
+from models.world.scenes import Scene
 
 
 @torch.no_grad()

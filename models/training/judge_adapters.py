@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.adherence import check
-from benchmarks.steering import in_place, in_style, overlap
 from export import export
 from export.attach import attach
-from models import placed, scenes
 from models.training.fit import log
+from models.world import placed, scenes
+from models.world.adherence import check
+from models.world.steering import in_place, in_style, overlap
 from runtime import Control, Lora, Pipeline, Request
 
 EDGES, STYLE = "shapes-edges", "shapes-red-chalk"

@@ -9,8 +9,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from models import scenes
 from models.training.start import start_as_copy, start_with_positions
+from models.world import scenes
 
 TOKENS = 32
 RAW_DEVIATION = 5.5  # of the autoencoder's latents, about that of Stable Diffusion's

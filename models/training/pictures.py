@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import scenes
-from models.scenes import Layout
+from models.world import scenes
+from models.world.scenes import Layout
 
 
 def draw_scenes(rng: Random, n: int) -> tuple[list[Layout], Tensor]:

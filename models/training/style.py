@@ -11,15 +11,15 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.adherence import check
-from benchmarks.steering import INK, PAPER, in_style
-from engines.publish import publish
-from models import scenes
-from models.scenes import Layout, Scene
+from engines.bundle.publish import publish
 from models.training.fit import Worker, fit, log
 from models.training.frozen import Frozen, batches
 from models.training.judge import generate
 from models.training.pictures import save_grid, to_tensor
+from models.world import scenes
+from models.world.adherence import check
+from models.world.scenes import Layout, Scene
+from models.world.steering import INK, PAPER, in_style
 
 RANK = 8
 # What is painted on 16x16 latents is painted without attention in this UNet, so convolutions take part.

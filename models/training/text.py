@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from models import scenes
-from models.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, RADII, RELATIONS, SHAPES, Layout, Scene
 from models.training.fit import Worker, fit, log
 from models.training.parts import TOKENS, build_text_encoder
+from models.world import scenes
+from models.world.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, RADII, RELATIONS, SHAPES, Layout, Scene
 
 
 class Tokens:

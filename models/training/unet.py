@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from benchmarks.adherence import check
-from models import scenes
-from models.scenes import Scene
 from models.training.fit import Worker, fit, log
 from models.training.folder import first_unet, save
 from models.training.judge import generate
 from models.training.parts import SCALING_FACTOR, build_scheduler
 from models.training.pictures import draw_scenes, save_grid
 from models.training.text import Tokens
+from models.world import scenes
+from models.world.adherence import check
+from models.world.scenes import Scene
 
 READING, LIFTED = 0.06, 0.14  # shares of the stage: until the first the input is blank, after the second noise is full
 DETAILS = slice(100, 700)  # the timesteps at which shapes are decided, drawn more often than the others

@@ -1,0 +1,102 @@
+"""Contenders on a CPU: our engines, OpenVINO's and ONNX Runtime's own runtimes, diffusers and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness.given import configure_compiler, engines_of, freeze, inputs, torch_module
+from benchmarks.harness.turns import Contender, Job
+from engines import Bundle
+from engines.store import store
+
+Call = Callable[[], np.ndarray]
+
+
+def ours(backend: str, dtype: str, *, whole: bool = False, **options: Any) -> Contender:
+    """Our engine of one backend and precision on a CPU. whole: never in parts. options: of its config."""
+    return Contender(partial(_ours, backend, dtype, whole, options), keeps=True, backend=backend, dtype=dtype)
+
+
+def _ours(backend: str, dtype: str, whole: bool, options: Mapping[str, Any], job: Job) -> Call:
+    from runtime.devices.bound import BoundEngine
+
+    bundle, feed = Bundle.open(job.bundle), inputs(job)
+    for name, config in engines_of(job, bundle, backend, dtype, whole=whole, options=options).items():
+        if job.fresh:
+            store.build(bundle, name, config, rebuild=True)
+        engine = BoundEngine(store.load(bundle, name, config))
+        given = {name: feed[name] for name in engine.engine.inputs}
+        feed |= {name: array.copy() for name, array in engine(**given).items()}
+    output, = engine.engine.outputs
+    return lambda: engine(**given)[output].copy()
+
+
+def _openvino(precision: str, job: Job) -> Call:
+    """OpenVINO's own runtime on the bundle's graph, as its documentation shows: read, reshape, compile, infer."""
+    import openvino
+
+    bundle, feed, core = Bundle.open(job.bundle), inputs(job), openvino.Core()
+    model = core.read_model(bundle.path / bundle.component(job.component).file)
+    model.reshape({name: list(array.shape) for name, array in feed.items()})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision,
+                                                 "PERFORMANCE_HINT": "LATENCY"})
+    return _warm(lambda: compiled(feed)[0].copy())
+
+
+def _onnxruntime(job: Job) -> Call:
+    """ONNX Runtime's own session on the bundle's graph, with its defaults."""
+    import onnxruntime
+
+    bundle, feed = Bundle.open(job.bundle), inputs(job)
+    session = onnxruntime.InferenceSession(bundle.path / bundle.component(job.component).file,
+                                           providers=["CPUExecutionProvider"])
+    return _warm(lambda: session.run(None, feed)[0])
+
+
+def _diffusers(dtype: str, job: Job) -> Call:
+    return _torch(dtype, job, lambda function: function)
+
+
+def _compiled(dtype: str, job: Job) -> Call:
+    """torch.compile for this shape, with weights as constants that the compiler may repack (freezing)."""
+    configure_compiler(job)
+    freeze()
+    import torch
+
+    return _torch(dtype, job, partial(torch.compile, dynamic=False))
+
+
+def _torch(dtype: str, job: Job, compiler: Callable[[Any], Any]) -> Call:
+    import torch
+
+    module = torch_module(job, dtype, "cpu", compiler)
+    return _warm(torch.inference_mode()(lambda: module().float().numpy()))
+
+
+def _warm(call: Call) -> Call:
+    call()
+    return call
+
+
+REFERENCE = "diffusers-fp32"
+CONTENDERS = {
+    "latentrt-openvino-bf16": ours("openvino", "bf16"),
+    "latentrt-inductor-bf16": ours("inductor", "bf16"),
+    "openvino-bf16": Contender(partial(_openvino, "bf16")),
+    "diffusers-bf16": Contender(partial(_diffusers, "bf16")),
+    "diffusers-compile-bf16": Contender(partial(_compiled, "bf16"), keeps=True),
+    "latentrt-openvino-plugin-kernels-bf16": ours("openvino", "bf16", whole=True, attention="openvino",
+                                                  norm="openvino"),
+    "latentrt-openvino-plugin-norm-bf16": ours("openvino", "bf16", whole=True, norm="openvino"),
+    "latentrt-openvino-whole-bf16": ours("openvino", "bf16", whole=True),
+    REFERENCE: Contender(partial(_diffusers, "fp32")),
+    "latentrt-openvino-fp32": ours("openvino", "fp32"),
+    "openvino-fp32": Contender(partial(_openvino, "f32")),
+    "latentrt-onnxruntime-fp32": ours("onnxruntime", "fp32"),
+    "onnxruntime-fp32": Contender(_onnxruntime, graph="fp32"),
+}
+"""Those that hold the weights in 16 bits first: memory holds more of them together."""

@@ -1,0 +1,29 @@
+"""The bundle: a directory of ONNX graphs whose only index is `manifest.json`. Nothing here knows any model."""
+
+from engines.bundle.manifest import (
+    CONTROL,
+    FIRST,
+    FORMAT,
+    HIDDEN,
+    MANIFEST,
+    PARTS,
+    PREVIOUS,
+    RESIDUAL,
+    STORE,
+    TASKS,
+    Bundle,
+    Check,
+    Component,
+    ExtraChannels,
+    LatentSpec,
+    Manifest,
+    TextSpec,
+    hash_file,
+    hash_files,
+    parse,
+    write_manifest,
+)
+
+__all__ = ["CONTROL", "FIRST", "FORMAT", "HIDDEN", "MANIFEST", "PARTS", "PREVIOUS", "RESIDUAL", "STORE", "TASKS", "Bundle",
+           "Check", "Component", "ExtraChannels", "LatentSpec", "Manifest", "TextSpec", "hash_file", "hash_files", "parse",
+           "write_manifest"]

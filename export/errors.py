@@ -1,0 +1,15 @@
+"""Failures of an export, and the architectures that it knows by name."""
+
+from __future__ import annotations
+
+FAMILIES = ("sd1", "sd2-base", "sd2-v", "x4")
+"""Architectures whose configuration ships in `export/sources/configs`, for single-file checkpoints."""
+
+
+class ExportError(RuntimeError):
+    """A checkpoint that cannot be read, is not supported, or whose graph is not what PyTorch computes."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

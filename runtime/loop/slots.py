@@ -1,0 +1,233 @@
+"""The slots of a static batch, where the engines run: everything that a step reads or writes, at fixed addresses.
+
+A step is three things enqueued one after another: `step_input` writes what the UNet reads, the UNet runs, and
+`guidance_step` takes every image through the next row of its table and counts it on. The host only enqueues; it looks
+at nothing that a step computes unless a request has a callback. Each ControlNet that an image uses comes before the
+UNet: `step_input` for it, the net, and `accumulate`, which sums what the nets give in the UNet's inputs. An image that
+does not use it has a scale of 0 there. A frame of a video is given what other frames have left in its `Memory`
+(`runtime.loop.frames`) before the UNet runs, and leaves its own there afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engines import EngineError
+from engines.bundle import RESIDUAL, STORE
+from kernels.host.step_table import fitting_memory, pack, pack_times, time_columns, width
+from runtime.devices.bound import BoundEngine
+from runtime.devices.device import Device, signature
+
+if TYPE_CHECKING:
+    from runtime.loop.denoise import Job
+
+AHEAD = 4
+"""Steps that the host may be ahead of the device: enough to keep it busy, few enough to see progress and to stop."""
+
+ROWS = 32
+"""Tables are kept for a multiple of this many rows, so that another number of steps seldom needs other buffers."""
+
+UNET = ""
+"""The UNet's name where ControlNets have theirs."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a batch of jobs needs of its slots. memory: arrays of solver memory. rows: of the longest table, rounded up.
+
+    latent: (C, h, w). times: inputs that depend on the timestep → numbers in one row. nets: the same of ControlNets.
+    """
+
+    memory: int
+    rows: int
+    latent: tuple[int, ...]
+    times: tuple[tuple[str, int], ...]
+    nets: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job]) -> Capacity:
+        """The least that holds `jobs`, all of one size."""
+        rows = max(job.table.rows for job in jobs)
+        nets = {name: _numbers(given.time) for job in jobs for name, given in job.control.items()}
+        return cls(fitting_memory(max(job.table.slots for job in jobs)), -(-rows // ROWS) * ROWS,
+                   jobs[0].latents.shape, _numbers(jobs[0].time), tuple(sorted(nets.items())))
+
+
+def _numbers(times: Mapping[str, np.ndarray]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, math.prod(values.shape[1:])) for name, values in times.items())
+
+
+@dataclass
+class _Step:
+    """A step with the UNet, and ControlNets, of one batch size."""
+
+    key: Hashable
+    enqueue: Callable[[Any], None]
+
+
+class Slots:
+    """`count` slots of a device."""
+
+    def __init__(self, device: Device, count: int, capacity: Capacity) -> None:
+        def zeros(*shape: int, dtype: Any = np.float32) -> Any:
+            return device.zeros((count, *shape), dtype)
+
+        memory, rows, latent = capacity.memory, capacity.rows, capacity.latent
+        self.device = device
+        self.count = count
+        self.capacity = capacity
+        self._arrays = {
+            "state": zeros(1 + memory, *latent), "table": zeros(rows, width(memory)), "controls": zeros(3),
+            "known": zeros(3, *latent), "noise": zeros(1, *latent), "progress": zeros(3, dtype=np.int32)}
+        self._times = {name: zeros(rows, sum(numbers for _, numbers in times))
+                       for name, times in ((UNET, capacity.times), *capacity.nets)}
+        self._keep = device.zeros((1,), np.int32), device.zeros((1,), np.int32)
+        device.upload(self._keep[1], np.ones(1, np.int32))
+        self._timestep = device.zeros((2 * count,), np.float32)  # guidance_step writes it; step_input has its own
+        self._key = signature({**self._arrays, "timestep": self._timestep})
+        self._steps: dict[tuple[BoundEngine, ...], _Step] = {}
+        self._held: dict[BoundEngine, list[Job | None]] = {}  # whose fixed inputs an engine has, by slot
+        self._bare: set[BoundEngine] = set()  # UNets for videos whose residuals are known to be zero
+        self._marks: deque[Callable[[], None]] = deque()
+        self._leaving: list[tuple[Job, Callable[[], np.ndarray]]] = []
+
+    def clear(self) -> None:
+        """Empty every slot, whatever an earlier run has left in them."""
+        self.device.use()
+        self.collect()
+        self._marks.clear()
+        self.device.upload(self._arrays["progress"], np.zeros((self.count, 3), np.int32))
+        self._held.clear()
+        self._bare.clear()
+
+    def enter(self, i: int, job: Job) -> None:
+        """Put a job into slot `i`."""
+        memory, request = self.capacity.memory, job.request
+        state = np.zeros((1 + memory, *self.capacity.latent), np.float32)
+        state[:len(job.state)] = job.state
+        guidance = request.guidance if request.guided else 1.0
+        self._put("state", i, state)
+        blend = float(job.known is not None)
+        self._put("controls", i, np.array([guidance, request.guidance_rescale, blend], np.float32))
+        if job.known is not None:
+            self._put("known", i, job.known)
+        self._put("progress", i, np.array([job.row, job.table.rows, 0], np.int32))
+        self.device.upload(self._arrays["table"][i][:job.table.rows], pack(job.table, memory))
+        self.device.upload(self._times[UNET][i][:job.table.rows], pack_times(job.time))
+        for name, times in self.capacity.nets:
+            unused = np.zeros((job.table.rows, sum(numbers for _, numbers in times)), np.float32)
+            packed = pack_times(job.control[name].time) if name in job.control else unused
+            self.device.upload(self._times[name][i][:job.table.rows], packed)
+
+    def leave(self, i: int, job: Job) -> None:
+        """Empty slot `i`; `collect` gives the job its latents."""
+        self._leaving.append((job, self.device.download(self._arrays["state"][i][0])))
+        self._put("progress", i, np.zeros(3, np.int32))
+
+    def collect(self) -> None:
+        """Wait for the latents of every job that has left."""
+        for job, wait in self._leaving:
+            job.latents[...] = wait()
+        self._leaving.clear()
+
+    def step(self, unet: BoundEngine, active: Sequence[tuple[int, Job]],
+             nets: Mapping[str, BoundEngine] | None = None) -> None:
+        """Enqueue one evaluation of every active job, whose `row` is then the next; those with a callback are waited
+        for and have their latents.
+
+        unet: of `count` rows, or of twice as many with the negative prompts first. nets: ControlNets of as many rows,
+        by name; the UNet is then one that takes residuals. With frames of videos it is one for those.
+        """
+        nets = nets or {}
+        engines = (unet, *nets.values())
+        step = self._steps[engines] = self._steps.get(engines) or self._bind(unet, nets)
+        if nets:
+            self._bare.discard(unet)
+        elif STORE in unet.buffers and unet not in self._bare:
+            residuals = unet.block(RESIDUAL)
+            self.device.upload(residuals, np.zeros(residuals.shape, np.float32))
+            self._bare.add(unet)
+        for i, job in active:
+            self._hold(unet, i, job, job.fixed)
+            for name, given in job.control.items():
+                if name in nets:
+                    self._hold(nets[name], i, job, given.fixed)
+            if job.table.draws[job.row]:
+                self._put("noise", i, job.noise.randn(self.capacity.latent)[None])
+            if job.renewed:
+                self._renew(i, job)
+            if job.memory and job.after:
+                job.memory.read(unet, self._rows(unet, i), job.row)
+        self.device.run(step.key, step.enqueue)
+        for i, job in active:
+            if job.memory:
+                job.memory.write(unet, self._rows(unet, i), job.row, first=job.after is None)
+        self._marks.append(self.device.mark())
+        if len(self._marks) > AHEAD:
+            self._marks.popleft()()
+        for _, job in active:
+            job.row += 1
+        watched = [(job, self.device.download(self._arrays["state"][i][0])) for i, job in active
+                   if job.request.on_step is not None]
+        for job, wait in watched:
+            job.latents[...] = wait()
+
+    def _bind(self, unet: BoundEngine, nets: Mapping[str, BoundEngine]) -> _Step:
+        sample = unet.buffers["sample"]
+        work, key = [], [self._key]
+        for name, engine in (*nets.items(), (UNET, unet)):
+            widths = dict((*self.capacity.nets, (UNET, self.capacity.times)))[name]
+            columns = self.device.zeros((len(widths), 3), np.int32)
+            self.device.upload(columns, time_columns(dict(widths), engine.offsets))
+            read = {array: self._arrays[array] for array in ("state", "table", "progress")}
+            work += [self.device.kernel("step_input", **read, times=self._times[name], columns=columns,
+                                        sample=engine.buffers["sample"], arena=engine.arena), engine.enqueue]
+            if engine is not unet:
+                x, out = engine.block(RESIDUAL), unet.block(RESIDUAL)
+                if x.shape != out.shape:
+                    raise EngineError(f"{name}: got {x.shape} numbers of residuals, expected {out.shape} as the UNet "
+                                      "takes; attach the ControlNet again")
+                work.append(self.device.kernel("accumulate", x=x, keep=self._keep[len(key) > 1], out=out))
+            key += [engine.key, signature({"columns": columns, "times": self._times[name]})]
+        work.append(self.device.kernel("guidance_step", **self._arrays, noise_pred=unet.buffers["noise_pred"],
+                                       sample=sample, timestep=self._timestep[:sample.shape[0]]))
+
+        def enqueue(stream: Any) -> None:
+            for launch in work:
+                launch(stream)
+
+        return _Step(tuple(key), enqueue)
+
+    def _hold(self, engine: BoundEngine, i: int, job: Job, fixed: Mapping[str, np.ndarray]) -> None:
+        """Give slot `i` of an engine what stays for a job, unless it has it."""
+        held = self._held.setdefault(engine, [None] * self.count)
+        if held[i] is not job:
+            self._put_fixed(engine, i, fixed)
+            if STORE in engine.buffers:
+                self._put_fixed(engine, i, {STORE: np.full(2, job.after is None, np.float32)})
+            held[i] = job
+
+    def _put(self, name: str, i: int, values: np.ndarray) -> None:
+        self.device.upload(self._arrays[name][i], values)
+
+    def _put_fixed(self, unet: BoundEngine, i: int, fixed: Mapping[str, np.ndarray]) -> None:
+        for name, values in fixed.items():  # without guidance both are the same row, the positive one last
+            for row, value in zip(self._rows(unet, i), (values[:1], values[1:]), strict=True):
+                self.device.upload(unet.buffers[name][row:row + 1], value)
+
+    def _rows(self, unet: BoundEngine, i: int) -> tuple[int, int]:
+        """Rows of slot `i`, negative prompt first."""
+        return i, unet.buffers["sample"].shape[0] - self.count + i
+
+    def _renew(self, i: int, job: Job) -> None:
+        """Other noise for what is blended in before the next step; nothing is, after the last."""
+        if job.row + 1 < job.table.rows:
+            self.device.upload(self._arrays["known"][i][1], job.noise.randn(self.capacity.latent))
+        else:
+            self.device.upload(self._arrays["controls"][i][2:], np.zeros(1, np.float32))

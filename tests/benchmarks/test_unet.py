@@ -1,0 +1,312 @@
+"""`python -m benchmarks unet` and `pipeline`: everyone computes the same, and figures follow from the times."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import engines
+from benchmarks import pipeline, unet
+from benchmarks.__main__ import main
+from benchmarks.harness import charts, components, limits, measure, on_cpu, on_gpu, random_model, turns
+from engines.store.choose import choose
+from export.sources.checkpoint import open_checkpoint
+from export.sources.single_file import CONFIGS
+from tests.conftest import why_no_gpu
+
+RMS = {"bf16": 5e-2, "fp32": 1e-4}
+BF16 = choose("openvino")[1] == "bf16"
+COMPILED = "diffusers-compile-bf16"
+ALL = argparse.Namespace(only=None, without=[])
+
+
+@pytest.fixture(scope="module")
+def model(bundles: dict[str, Path], checkpoints: dict[str, Path]) -> list[str]:
+    """[bundle, checkpoint] of a tiny random Stable Diffusion 1.x whose UNet has two levels."""
+    return [str(bundles["sd1_two_levels"]), str(checkpoints["sd1_two_levels"])]
+
+
+def here(contenders: dict[str, Any]) -> list[str]:
+    """Those that take seconds, on this CPU: not who compiles C++."""
+    return [name for name in contenders
+            if not ("compile" in name or "inductor" in name)
+            and (BF16 or not (name.startswith("latentrt") and name.endswith("bf16")))]
+
+
+def measured(model: list[str], command: str, tmp_path: Path, *arguments: str, size: str = "64x64") -> dict[str, Any]:
+    file = tmp_path / "figures.json"
+    assert main([command, *model, "--size", size, "--rounds", "2", "--json", str(file), *arguments]) == 0
+    return json.loads(file.read_text())
+
+
+def check_figures(results: dict[str, Any], limit: dict[str, Any], reference: str) -> None:
+    """What both commands derive."""
+    for name, result in results.items():
+        median, dtype = result["median"], name[-4:]
+        assert result["left_out"] is None and result["p20"] <= median <= result["p80"]
+        assert result["speed"] == pytest.approx(results[reference]["median"] / median)
+        assert result["share_of_floor"] == pytest.approx(limit["flops"] / limit["flop_per_second"][dtype] / median)
+        assert 0.05e9 < result["peak_bytes"] < 5e9 and result["load_seconds"] > 0
+        assert (result["build_seconds"] is not None) == (name.startswith("latentrt") or "compile" in name)
+
+
+def test_unet_steps(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = here(on_cpu.CONTENDERS)
+    chart = tmp_path / "unet.png"
+    report = measured(model, "unet", tmp_path, "--batch", "2", "--only", *names, "--chart", str(chart))
+    results = report["results"]
+    assert list(results) == names and report["rows"] == 4
+    assert report["limits"]["flops"] == limits.unet_flops(Path(model[1]), 4, 8, 8)
+    check_figures(results, report["limits"], on_cpu.REFERENCE)
+    for name, result in results.items():
+        assert result["steps_per_second"] == pytest.approx(1 / result["median"])
+        assert result["image_steps_per_second"] == pytest.approx(2 / result["median"])
+        assert result["rel_rms"] <= RMS[name[-4:]]
+    assert all(results[name]["rel_rms"] > 0 for name in names if name != on_cpu.REFERENCE)
+    if BF16:
+        rows = report["waterfall"]
+        assert [row["contender"] for row in rows] == [name for _, name in unet.WATERFALL]
+        assert np.prod([row["factor"] for row in rows]) == pytest.approx(rows[0]["seconds"] / rows[-1]["seconds"])
+    with Image.open(chart) as image:
+        assert (image.format, image.size) == ("PNG", (charts.WIDTH, charts.height(len(names))))
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in names) and "left out" not in printed
+
+
+def test_decoding(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = measured(model, "vae", tmp_path, "--batch", "3", "--only", on_cpu.REFERENCE)
+    assert (report["component"], report["rows"], report["waterfall"]) == ("vae_decoder", 3, [])
+    assert report["limits"]["flops"] == limits.vae_decoder_flops(Path(model[1]), 3, 8, 8)
+    result = report["results"][on_cpu.REFERENCE]
+    assert result["images_per_second"] == pytest.approx(3 / result["median"]) and result["rel_rms"] == 0
+    assert " image/s " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("component", ["unet", "vae_decoder"])
+def test_everyone_computes_the_same(model: list[str], tmp_path: Path, component: str) -> None:
+    job = turns.Job(Path(model[0]), Path(model[1]), 64, 96, 1, tmp_path, component=component)
+    expected = on_cpu._diffusers("fp32", job)()
+    assert components.relative_rms(on_cpu._onnxruntime(job)(), expected) <= RMS["fp32"]
+    assert 0 < components.relative_rms(on_cpu._diffusers("bf16", job)(), expected) <= RMS["bf16"]
+
+
+def test_pictures(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = here(pipeline.CONTENDERS)
+    options = ["--batch", "2", "--steps", "3", "--guidance", "2", "--seed", "5", "--prompt", "a cat", "--no-build"]
+    file = tmp_path / "figures.json"
+    assert main(["pipeline", *model, "--size", "64x64", "--rounds", "2", "--json", str(file), "--only", *names,
+                 *options]) == 0
+    report = json.loads(file.read_text())
+    results = report["results"]
+    assert list(results) == names
+    checkpoint = Path(model[1])
+    evaluations = 3 + 1  # PNDM's second step is taken twice
+    assert report["limits"]["flops"] == (limits.text_encoder_flops(checkpoint, 2)
+                                         + evaluations * limits.unet_flops(checkpoint, 4, 8, 8)
+                                         + limits.vae_decoder_flops(checkpoint, 2, 8, 8))
+    for name, result in results.items():
+        assert result["build_seconds"] is None
+        assert result["images_per_second"] == pytest.approx(2 / result["median"])
+        assert set(result["stages"]) == set(pipeline.STAGES)
+        assert sum(result["stages"].values()) == pytest.approx(result["median"], rel=0.5)
+        assert result["max_difference"] <= (1 if name.endswith("fp32") else 64)
+    assert results[pipeline.REFERENCE]["psnr"] is None
+    assert "equal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_torch_compile(bundles: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path,
+                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles, and a second start finds what the first has compiled.
+
+    Quick, as compiling goes: a UNet and a VAE of one level, g++ without optimisation and without trying out the
+    instruction sets that the CPU names, and pictures that find the kernels of the steps before.
+    """
+    model = [str(bundles["sd1_one_level"]), str(checkpoints["sd1_one_level"])]
+    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    monkeypatch.setattr(turns.tempfile, "TemporaryDirectory", lambda **_: contextlib.nullcontext(tmp_path / "cache"))
+    report = measured(model, "unet", tmp_path, "--only", COMPILED, size="16x16")
+    check_figures(report["results"], report["limits"], on_cpu.REFERENCE)
+    result = report["results"][COMPILED]
+    assert 0 < result["rel_rms"] <= RMS["bf16"] and result["load_seconds"] < result["build_seconds"]
+    report = measured(model, "pipeline", tmp_path, "--only", COMPILED, "--steps", "2", "--no-build", size="16x16")
+    assert report["results"][COMPILED]["left_out"] is None
+
+
+def test_psnr() -> None:
+    black = np.zeros((1, 2, 2, 3), np.uint8)
+    assert pipeline.difference(black + 255, black) == {"max_difference": 255, "psnr": 0.0}
+    assert pipeline.difference(black, black) == {"max_difference": 0, "psnr": None}
+
+
+def test_operations_of_known_functions() -> None:
+    x = torch.empty(7, 3, device="meta")
+    assert limits.count(torch.nn.Linear(3, 5, device="meta"), x) == 2 * 7 * 3 * 5
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1, device="meta")
+    assert limits.count(conv, torch.empty(2, 3, 8, 9, device="meta")) == 2 * 2 * 8 * 9 * 4 * 3 * 3 * 3
+    q, k = torch.empty(2, 4, 10, 16, device="meta"), torch.empty(2, 4, 12, 16, device="meta")
+    assert limits.count(F.scaled_dot_product_attention, q, k, k) == 2 * 2 * 2 * 4 * 10 * 12 * 16
+
+
+def test_operations_of_stable_diffusion(tmp_path: Path) -> None:
+    """1.6065 TFLOP for a step with guidance and 2.5145 for a picture's decoding, at 512x512 pixels."""
+    config = json.loads((CONFIGS / "sd1.json").read_text())
+    for name in ("unet", "vae", "text_encoder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config[name]))
+    assert limits.unet_flops(tmp_path, 2, 64, 64) == 1_606_546_882_560
+    assert limits.vae_decoder_flops(tmp_path, 1, 64, 64) == 2_514_518_933_504
+    assert round(limits.text_encoder_flops(tmp_path, 2) / 1e12, 4) == 0.0266
+
+
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "projection_dim": 32}
+
+
+def shrink(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration that ships with small widths, its two lowest levels and a VAE of one."""
+    config = json.loads((CONFIGS / f"{family}.json").read_text())
+    unet, vae = config["unet"], config["vae"]
+    unet |= {"block_out_channels": [32, 64], "cross_attention_dim": 32, "layers_per_block": 1,
+             "down_block_types": unet["down_block_types"][-2:], "up_block_types": unet["up_block_types"][:2]}
+    vae |= {"block_out_channels": [32], "layers_per_block": 1,
+            "down_block_types": vae["down_block_types"][:1], "up_block_types": vae["up_block_types"][:1]}
+    if family == "sdxl":
+        unet |= {"cross_attention_dim": 64, "attention_head_dim": [4, 8], "transformer_layers_per_block": [1, 2],
+                 "projection_class_embeddings_input_dim": 32 + 6 * 256}
+        config["text_encoder_2"] |= TEXT
+    config["text_encoder"] |= TEXT
+    (tmp_path / f"{family}.json").write_text(json.dumps(config))
+    monkeypatch.setattr("export.sources.single_file.CONFIGS", tmp_path)
+
+
+def test_a_random_xl_checkpoint_is_one_that_export_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink("sdxl", tmp_path, monkeypatch)
+    random_model._save("sdxl", 0, tmp_path / "checkpoint")
+    checkpoint = open_checkpoint(tmp_path / "checkpoint")
+    assert checkpoint.family == "sdxl" and checkpoint.scheduler["_class_name"] == "EulerDiscreteScheduler"
+    assert [tokenizer.pad_token_id for _, _, tokenizer in checkpoint.texts] == [49407, 0]
+    assert checkpoint.load("unet").add_embedding.linear_1.weight.std() > 0
+    assert checkpoint.load("text_encoder_2").text_projection.weight.shape == (32, 32)
+
+
+def test_a_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once, the same each time, and its output has the scale of noise."""
+    shrink("sd1", tmp_path, monkeypatch)
+    bundle, checkpoint = random_model.make("sd1", directory=tmp_path)
+    weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    first = weights.read_bytes()
+    made = weights.stat().st_mtime_ns, (bundle / "manifest.json").stat().st_mtime_ns
+    assert random_model.make("sd1", directory=tmp_path) == (bundle, checkpoint)
+    assert made == (weights.stat().st_mtime_ns, (bundle / "manifest.json").stat().st_mtime_ns)
+    job = turns.Job(bundle, checkpoint, 64, 64, 1, tmp_path)
+    out = on_cpu._onnxruntime(job)()
+    assert 0.2 < out.std() < 5
+    shutil.rmtree(checkpoint)
+    random_model.make("sd1", directory=tmp_path)
+    assert weights.read_bytes() == first
+
+
+def test_an_engine_that_cannot_run_here_takes_part_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.backend("openvino"), "dtypes", lambda: ("fp32",))
+    monkeypatch.setattr(engines.backend("onnxruntime"), "available", lambda: "it is not installed")
+    monkeypatch.setattr(engines.backend("inductor"), "dtypes", lambda: ("fp32",))
+    default = turns.chosen(ALL, on_cpu.CONTENDERS, on_cpu.REFERENCE)
+    assert [name for name in default if name.startswith("latentrt")] == ["latentrt-openvino-fp32"]
+    assert {"onnxruntime-fp32", "openvino-bf16", COMPILED} <= set(default)
+    some = argparse.Namespace(only=["latentrt-openvino-bf16", COMPILED], without=[COMPILED, on_cpu.REFERENCE])
+    asked = turns.chosen(some, on_cpu.CONTENDERS, on_cpu.REFERENCE)
+    assert list(asked) == ["latentrt-openvino-bf16", on_cpu.REFERENCE]
+
+
+def test_on_a_gpu_everyone_computes_in_the_precision_of_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {name: SimpleNamespace(available=lambda: None, dtypes=lambda: ("fp16", "bf16", "fp32"),
+                                   ON_GPU=engines.backend(name).ON_GPU) for name in on_gpu.BACKENDS}
+    monkeypatch.setattr(engines, "backend", found.__getitem__)
+    for dtype in ("fp16", "bf16"):
+        default = turns.chosen(ALL, on_gpu.CONTENDERS, on_gpu.REFERENCE, dtype, dtype)
+        ours = [f"latentrt-{backend}-{eager}{dtype}" for backend in on_gpu.BACKENDS for eager in ("", "eager-")]
+        peers = [f"diffusers-{dtype}", f"diffusers-graph-{dtype}", f"onnxruntime-{dtype}"]
+        assert list(default) == [on_gpu.REFERENCE, *peers, *ours, f"diffusers-compile-{dtype}"]
+    graph_in_fp32 = turns.chosen(ALL, on_gpu.CONTENDERS, on_gpu.REFERENCE, "fp32", "fp16")
+    assert "diffusers-fp16" in graph_in_fp32 and "onnxruntime-fp16" not in graph_in_fp32
+    assert not any("tensorrt" in name for name in graph_in_fp32)  # it computes in the graph's own
+
+
+def test_a_table_of_a_gpu_is_in_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"median": 0.005, "p20": 0.004, "p80": 0.006, "steps_per_second": 200.0, "image_steps_per_second": 400.0,
+              "speed": 20.0, "share_of_floor": 0.4, "rel_rms": 1e-3, "build_seconds": None, "load_seconds": 3.0,
+              "peak_bytes": 2e9, "gpu_bytes": 3e9, "left_out": None}
+    rows = components.waterfall({"latentrt-inductor-fp16": result}, unet.gpu_waterfall("fp16"))
+    components.show({"device": "cuda", "component": "unet", "results": {"x": result}, "waterfall": rows})
+    head, line = (text.split() for text in capsys.readouterr().out.splitlines())
+    assert head == ["contender", "ms", "p20", "p80", "step/s", "image-step/s", "speed", "of", "floor", "error", "first",
+                    "s", "start", "s", "GB", "GPU", "GB"]
+    assert line == ["x", "5.000", "4.000", "6.000", "200", "400", "20.00", "x", "40", "%", "1.0e-03", "-", "3.0", "2.0",
+                    "3.0"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("component", ["unet", "vae"])
+def test_on_a_gpu(model: list[str], tmp_path: Path, component: str) -> None:
+    names = ["diffusers-graph-fp16", "diffusers-fp16", on_gpu.REFERENCE]
+    report = measured(model, component, tmp_path, "--device", "cuda", "--only", *names)
+    for name, result in report["results"].items():
+        assert result["left_out"] is None and result["rel_rms"] <= (1e-2 if name.endswith("fp16") else 0)
+        assert result["gpu_bytes"] > 0
+    assert report["results"]["diffusers-graph-fp16"]["median"] < report["results"]["diffusers-fp16"]["median"]
+    assert set(report["limits"]["floor_seconds"]) == {"fp16", "bf16", "fp32"}
+
+
+@pytest.mark.skipif(not why_no_gpu(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_made_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unet", "--random", "sdxl", "--device", "cuda"]) == 2
+    assert "got cuda, expected cpu on a machine without an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_without_memory_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "free_memory", lambda: 15e9)
+    with pytest.raises(ValueError, match=r"--random sdxl: got 15\.0 GB of free memory, expected 15\.4 GB; end other"):
+        random_model.make("sdxl", directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "got no model, expected BUNDLE and CHECKPOINT, or --random {sd1,sd2-base,sd2-v"),
+    (["--random", "sd3"], "--random: got 'sd3', expected one of sd1, sd2-base, sd2-v"),
+    (["{bundle}"], "got no model"),
+    (["{bundle}", "{checkpoint}", "--random", "sd1"], "expected one; leave out the other"),
+    (["{bundle}", "nowhere"], "nowhere: got no unet/config.json"),
+    (["nowhere", "{checkpoint}"], "make one with: python -m export"),
+    (["{bundle}", "{checkpoint}", "--size", "100x64"], "expected multiples of 16"),
+    (["{bundle}", "{checkpoint}", "--chart", "bars.svg"], "--chart: got bars.svg, expected a name that ends in .png"),
+], ids=["nothing", "sd3", "no-checkpoint", "both", "checkpoint", "bundle", "size", "chart"])
+@pytest.mark.parametrize("command", ["unet", "pipeline"])
+def test_what_cannot_be_measured_is_refused(model: list[str], command: str, arguments: list[str], message: str,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, checkpoint = model
+    assert main([command, *(a.format(bundle=bundle, checkpoint=checkpoint) for a in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_contender_of_another_device_is_refused(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vae", *model, "--only", "diffusers-graph-fp16"]) == 2
+    assert "--only: got diffusers-graph-fp16 on cpu, expected some of latentrt-" in capsys.readouterr().err
+
+
+def test_guidance_is_needed(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pipeline", *model, "--guidance", "1"]) == 2
+    assert "--guidance: got 1, expected a number above 1" in capsys.readouterr().err
