@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
-
-from engines.onnx.low_rank import Weight
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -97,22 +95,3 @@ class EngineConfig:
             raise EngineError(f"engine config: got unknown keys {sorted(unknown)}, expected those of EngineConfig; "
                               "rebuild the engine with this version")
         return cls(**data)
-
-
-class Engine(Protocol):
-    """One compiled component with static shapes. Buffers are numpy arrays on CPUs, device memory on GPUs."""
-
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
-
-    def bind(self, buffers: Mapping[str, Any]) -> None:
-        """Fix the address of every input and output, once. Raises EngineError for a wrong name, dtype or shape."""
-
-    def enqueue(self, stream: Any = None) -> None:
-        """Run on the bound buffers; may be called many times. On a CPU it returns when the outputs are written."""
-
-    def refit(self, weights: Mapping[str, Weight]) -> None:
-        """Give named initializers of the ONNX graph new values.
-
-        Raises EngineError for an unknown name or shape, or where it cannot be done; then nothing has changed.
-        """

@@ -139,7 +139,7 @@ class Pipeline:
         backend, dtype, device, _ = choose(backend, dtype, device, bundle=bundle, size=size, batch=batch,
                                            threads=threads)
         own = bundle.component("unet").dtype
-        if engines.backend(backend).ON_GPU and dtype != own:
+        if engines.backend(backend).on_gpu and dtype != own:
             raise EngineError(f"dtype: got {dtype}, expected {own}, that of the graph, which {backend} keeps; "
                               f"export the checkpoint with --dtype {dtype}")
         bundle.verify(bundle.manifest.files)
@@ -340,7 +340,7 @@ class Pipeline:
         tokens = tokens or self.bundle.tokens
         key = (component, batch, height, width, tokens)
         if key not in self._engines:
-            dtype = self.bundle.component(component).dtype if engines.backend(self.backend).ON_GPU else self.dtype
+            dtype = self.bundle.component(component).dtype if engines.backend(self.backend).on_gpu else self.dtype
             config = self.bundle.config(component, backend=self.backend, dtype=dtype, batch=batch, height=height,
                                         width=width, sequence=tokens, threads=self._threads, device=self.device,
                                         options=self._options)
@@ -352,7 +352,7 @@ class Pipeline:
 
     def _place(self, engine: Engine) -> Device:
         """Where an engine runs: this host, or the GPU of the number that it says."""
-        number = getattr(engine, "gpu", None)
+        number = engine.gpu
         if number is None:
             return self._host
         if number not in self._gpus:

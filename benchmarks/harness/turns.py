@@ -330,7 +330,7 @@ def _takes_part(contender: Contender, graph: str, dtype: str | None) -> bool:
         return True
     module = engines.backend(contender.backend)
     return (module.available() is None and contender.dtype in module.dtypes()
-            and (not module.ON_GPU or contender.dtype == graph))
+            and (not module.on_gpu or contender.dtype == graph))
 
 
 def _start(name: str, contender: Contender, job: Job, built: bool, workers: dict[str, Worker],

@@ -7,10 +7,8 @@ of a small UNet). So each is changed alone as well, and has to change the output
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,10 @@ from typing import Any
 import numpy as np
 
 import engines
-from engines.bundle import Bundle, Check, Component
+from engines.backend import Engine, Target
+from engines.bundle import Bundle, Check
 from engines.check import verify
-from engines.spec import Engine, EngineConfig, EngineError
+from engines.spec import EngineConfig, EngineError
 
 NOISE = 0.05
 """Change of a weight, of its own size."""
@@ -38,13 +37,12 @@ def check(bundle: Bundle, name: str, config: EngineConfig, directory: Path,
     `refittable`, where it has one). The engine on disk does not change. Raises EngineError where an output is over the
     tolerance of what it computes in, has NaN or Inf, a bias changes nothing, or nothing can be changed.
     """
-    component = bundle.component(name)
-    onnx = bundle.path / component.file
-    engine = engines.backend(config.backend).load(onnx, component, config, directory)
+    target = Target.of(bundle, name, config)
+    engine = engines.backend(config.backend).load(target, directory)
     if weights is None:
-        weights = perturbed(onnx, seed, getattr(engine, "refittable", None))
-    figures = compare(engine, onnx, component, config, weights, seed)
-    if lost := ignored(engine, onnx, weights, seed):
+        weights = perturbed(target.onnx, seed, engine.refittable)
+    figures = compare(engine, target, weights, seed)
+    if lost := ignored(engine, target.onnx, weights, seed):
         raise EngineError(f"{config.backend} {config.dtype} engine of {name}: got the same output with other values of "
                           f"{len(lost)} biases ({', '.join(lost[:3])}), expected another; build it without "
                           "--option refit=true, or with another version of the library")
@@ -75,14 +73,16 @@ def _difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> flo
     return max(float(np.abs(a[name].astype(np.float64) - b[name]).max()) for name in a)
 
 
-def compare(engine: Engine, onnx: Path, component: Component, config: EngineConfig,
-            weights: Mapping[str, np.ndarray], seed: int = verify.SEED) -> Check:
+def compare(engine: Engine, target: Target, weights: Mapping[str, np.ndarray], seed: int = verify.SEED) -> Check:
     """Figures of an open engine, which keeps the new weights, against the reference; raises as `check` does."""
     if not weights:
-        raise EngineError(f"{onnx}: got no weight to change, expected one that the engine can replace; "
+        raise EngineError(f"{target.onnx}: got no weight to change, expected one that the engine can replace; "
                           "build it with --option refit=true")
     feed = verify.inputs(engine.inputs.values(), seed)
-    expected = _reference(onnx, component, config, weights, feed)
+    with verify.open_reference(target) as reference:
+        reference.refit(weights)
+        expected = verify.run(reference, feed)
+    config = target.config
     engine.refit(weights)
     return verify.compare(verify.run(engine, feed), expected, verify.precision(engine, config),
                           f"{config.backend} {config.dtype} engine with {len(weights)} new weights", seed,
@@ -150,14 +150,3 @@ def _stored(value: Any) -> tuple[Any, bool]:
         value = node.inputs[0]
     stored = value is not None and value.is_initializer() and value.dtype.is_floating_point()
     return (value if stored else None), turned
-
-
-def _reference(onnx: Path, component: Component, config: EngineConfig, weights: Mapping[str, np.ndarray],
-               feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    backend = engines.backend("onnxruntime")
-    config = dataclasses.replace(config, backend="onnxruntime", dtype="fp32", device="cpu", options={})
-    with tempfile.TemporaryDirectory() as directory:
-        backend.build(onnx, component, config, Path(directory))
-        engine = backend.load(onnx, component, config, Path(directory))
-        engine.refit(weights)
-        return verify.run(engine, feed)

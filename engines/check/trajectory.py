@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 import engines
+from engines.backend import Engine, Target
 from engines.bundle import Bundle, Manifest
 from engines.check import verify
 from engines.check.verify import Difference, difference
-from engines.spec import Engine, EngineConfig, EngineError
+from engines.spec import EngineConfig, EngineError
 from engines.store import store
 
 UNET, BODY, DECODER = "unet", "unet_body", "vae_decoder"
@@ -100,7 +101,6 @@ def _of_one_size(bundle: Bundle, found: Mapping[Path, store.Record], plan: Sched
                  bar: Any) -> list[Trajectory]:
     latent, (height, width) = bundle.manifest.latent, _pixels(bundle, next(iter(found.values())).config)
     own = bundle.config(UNET, backend="onnxruntime", height=height, width=width, batch=2)
-    whole = bundle.component(UNET)
     text, time = _conditions(bundle, own, seed), {"timestep": np.array(plan.timesteps, np.float32)}
     start = np.random.default_rng(seed).standard_normal((1, latent.channels, own.latent_height, own.latent_width))
     runs: dict[Path | None, list[np.ndarray]] = {}
@@ -114,13 +114,13 @@ def _of_one_size(bundle: Bundle, found: Mapping[Path, store.Record], plan: Sched
             bar.update()
         return latents
 
-    with verify.open_reference(bundle.path / whole.file, whole, own) as engine:
+    with verify.open_reference(Target.of(bundle, UNET, own)) as engine:
         runs[None] = denoised(engine, "reference", text, time)
     del engine  # one at a time: each has a copy of the weights
     for path, record in found.items():
-        component, module = bundle.component(record.component), engines.backend(record.config.backend)
+        module = engines.backend(record.config.backend)
         given = _from_parts(bundle, record.config, text, time) if record.component == BODY else (text, time)
-        runs[path] = denoised(module.load(bundle.path / component.file, component, record.config, path), path.name,
+        runs[path] = denoised(module.load(Target.of(bundle, record.component, record.config), path), path.name,
                               *given)
     bar.set_description("decode")
     pictures = _decode(bundle, height, width, {path: latents[-1] for path, latents in runs.items()})
@@ -242,8 +242,7 @@ def _decode(bundle: Bundle, height: int, width: int,
             latents: Mapping[Path | None, np.ndarray]) -> dict[Path | None, np.ndarray]:
     """Pictures [1, 3, height, width] in [0, 1] by the reference decoder."""
     config = bundle.config(DECODER, backend="onnxruntime", height=height, width=width, batch=1)
-    component = bundle.component(DECODER)
-    with verify.open_reference(bundle.path / component.file, component, config) as engine:
+    with verify.open_reference(Target.of(bundle, DECODER, config)) as engine:
         return {path: np.clip(verify.run(engine, {"latents": x})["image"] / 2 + 0.5, 0, 1)
                 for path, x in latents.items()}
 

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 import engines
-from engines.bundle import Bundle, Check, Component
+from engines.backend import Engine, Target
+from engines.bundle import Bundle, Check
 from engines.machine import cpu, gpu
-from engines.spec import Engine, EngineConfig, EngineError, TensorSpec
+from engines.spec import EngineConfig, EngineError, TensorSpec
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "fp8": 1e-1}
 """Largest RMS of the difference over RMS of the reference that an engine of each dtype may have; fp8: one of any dtype
@@ -103,7 +104,7 @@ def measure(bundle: Bundle, name: str, config: EngineConfig, directory: Path, se
     component = bundle.component(name)
     feed = inputs([s.resolve(config.dims) for s in component.inputs], seed)
     expected = {} if is_reference(config) else reference(bundle, name, config, feed)  # its memory is free again by now
-    engine = engines.backend(config.backend).load(bundle.path / component.file, component, config, directory)
+    engine = engines.backend(config.backend).load(Target.of(bundle, name, config), directory)
     got, timing = run_timed(engine, feed)
     return Measured({output: difference(got[output], truth) for output, truth in expected.items()}, timing,
                     precision(engine, config))
@@ -111,12 +112,17 @@ def measure(bundle: Bundle, name: str, config: EngineConfig, directory: Path, se
 
 def precision(engine: Engine, config: EngineConfig) -> str:
     """What an engine computes in, a key of TOLERANCE: what it says itself, else the config's dtype."""
-    return str(getattr(engine, "precision", config.dtype))
+    return engine.precision or config.dtype
 
 
 def is_reference(config: EngineConfig) -> bool:
     """Whether this engine is what the others are compared with."""
     return (config.backend, config.device, config.dtype) == ("onnxruntime", "cpu", "fp32")
+
+
+def reference_config(config: EngineConfig) -> EngineConfig:
+    """The config of the reference engine at the shapes of `config`."""
+    return dataclasses.replace(config, backend="onnxruntime", dtype="fp32", device="cpu", options={})
 
 
 def describe(name: str, config: EngineConfig) -> str:
@@ -126,25 +132,23 @@ def describe(name: str, config: EngineConfig) -> str:
 
 def reference(bundle: Bundle, name: str, config: EngineConfig, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Outputs of the component in float32 with ONNX Runtime on this CPU; a 16-bit graph is widened first."""
-    component = bundle.component(name)
-    return run_reference(bundle.path / component.file, component, config, feed)
+    return run_reference(Target.of(bundle, name, config), feed)
 
 
-def run_reference(onnx: Path, component: Component, config: EngineConfig,
-                  feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`reference` for an ONNX file that is not in a bundle yet."""
-    with open_reference(onnx, component, config) as engine:
+def run_reference(target: Target, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`reference` for a component that need not be in a bundle yet."""
+    with open_reference(target) as engine:
         return run(engine, feed)
 
 
 @contextlib.contextmanager
-def open_reference(onnx: Path, component: Component, config: EngineConfig) -> Iterator[Engine]:
-    """The reference engine of a component at the shapes of `config`, until the block ends."""
+def open_reference(target: Target) -> Iterator[Engine]:
+    """The reference engine of a component at the target's shapes, until the block ends."""
     ort = engines.backend("onnxruntime")
-    config = dataclasses.replace(config, backend="onnxruntime", dtype="fp32", device="cpu", options={})
+    target = dataclasses.replace(target, config=reference_config(target.config))
     with tempfile.TemporaryDirectory() as directory:
-        ort.build(onnx, component, config, Path(directory))
-        yield ort.load(onnx, component, config, Path(directory))
+        ort.build(target, Path(directory))
+        yield ort.load(target, Path(directory))
 
 
 def inputs(specs: Iterable[TensorSpec], seed: int) -> dict[str, np.ndarray]:
@@ -171,8 +175,8 @@ def run(engine: Engine, feed: Mapping[str, np.ndarray],
     outputs = {name: spec.empty() for name, spec in engine.outputs.items()}
     for array in outputs.values():
         array.fill(np.nan if array.dtype.kind == "f" else 0)
-    if (number := getattr(engine, "gpu", None)) is not None:
-        gpu.run(engine, number, feed, outputs, again)
+    if engine.gpu is not None:
+        gpu.run(engine, engine.gpu, feed, outputs, again)
     else:
         engine.bind({**feed, **outputs})
         engine.enqueue()
@@ -192,7 +196,7 @@ def run_timed(engine: Engine, feed: Mapping[str, np.ndarray]) -> tuple[dict[str,
             seconds.append(time.perf_counter() - start)
 
     outputs = run(engine, feed, calls)
-    return outputs, Timing(float(np.median(seconds)), len(seconds), machine(getattr(engine, "gpu", None)))
+    return outputs, Timing(float(np.median(seconds)), len(seconds), machine(engine.gpu))
 
 
 def machine(number: int | None = None) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines import layers
+from engines.backend import Layer, Target
 from engines.bundle import Bundle
 from engines.check import verify
+from engines.cli import layers
 from engines.cli import tables as show
 from engines.machine.cpu import resident_memory
 from engines.spec import EngineError, TensorSpec
@@ -93,7 +94,7 @@ def look_inside(bundle: Bundle, path: Path, profile: bool) -> dict[str, Any]:
     """`describe`, what the backend recorded, and what opening and running the engine shows.
 
     Adds "details" (of the backend), "now" (seconds of a call), "resident_bytes" (what opening and running it added to
-    this process), "layers" (of `engines.layers.Layer`) and "kernels" (the same, counted by kernel), and "why" it was
+    this process), "layers" (of `engines.backend.Layer`) and "kernels" (the same, counted by kernel), and "why" it was
     not opened or has none of these. profile: with the time of each layer. Raises EngineError for a damaged engine.
     """
     found = describe(bundle, path)
@@ -102,27 +103,27 @@ def look_inside(bundle: Bundle, path: Path, profile: bool) -> dict[str, Any]:
     record = read(bundle, path)
     store.verify_files(bundle, path, record)
     config, module = record.config, engines.backend(record.config.backend)
-    if recorded := getattr(module, "details", None):
-        details = dict(recorded(path))
+    if details := dict(module.details(path)):
         found |= {"details": details, **_with_kernels(layers.recorded(details.pop("engine_layers", None) or []))}
     if missing := module.runnable(config):
         return {**found, "why": missing}
     component = bundle.component(record.component)
-    onnx = bundle.path / component.file
+    target = Target.of(bundle, record.component, config)
     feed = verify.inputs([s.resolve(config.dims) for s in component.inputs], verify.SEED)
     before = resident_memory()
-    engine = module.load(onnx, component, config, path)
+    engine = module.load(target, path)
     timing = verify.run_timed(engine, feed)[1]
     found |= {"now": timing.seconds, "resident_bytes": max(resident_memory() - before, 0), "why": None}
     del engine
-    if tells := getattr(module, "layers", None):
-        found |= _with_kernels(tells(onnx, component, config, path, feed, CALLS if profile else 0))
+    inside = module.layers(target, path, feed, CALLS if profile else 0)
+    if inside is not None:
+        found |= _with_kernels(inside)
     elif not found.get("layers"):
         found["why"] = f"{config.backend} does not tell of its layers"
     return found
 
 
-def _with_kernels(inside: list[layers.Layer]) -> dict[str, Any]:
+def _with_kernels(inside: list[Layer]) -> dict[str, Any]:
     return {"layers": [asdict(layer) for layer in inside], "kernels": layers.by_kernel(inside)}
 
 
@@ -143,7 +144,7 @@ def engine_text(found: dict[str, Any], every_layer: bool, top: int) -> str:
         lines.append(f"  not opened: {found['why']}" if "now" not in found else f"  {found['why']}")
     if not found.get("layers"):
         return "\n".join(lines)
-    inside = [layers.Layer(**layer) for layer in found["layers"]]
+    inside = [Layer(**layer) for layer in found["layers"]]
     whole = layers.total(inside)
     times = [] if whole is None else ["time", "share"]
     lines += ["", show.table([*times, "layers", "precision", "type", "kernel"],

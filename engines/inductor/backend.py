@@ -32,11 +32,11 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle import Component
+from engines.backend import Backend, Engine, Target
 from engines.check.verify import TOLERANCE
 from engines.inductor import nodes as onnx_nodes
 from engines.inductor.options import Options, check_fp8
-from engines.machine.buffers import check_array, check_names, device_address, resolve
+from engines.machine.buffers import check_array, check_names, device_address
 from engines.machine.cpu import describe
 from engines.machine.gpu import gpus
 from engines.machine.vendor import errors, importing
@@ -46,95 +46,102 @@ from engines.spec import EngineConfig, EngineError, TensorSpec
 from kernels.cpu import native
 
 PIP = "pip install torch onnx-ir"
-ON_GPU = False
-IN_PARTS = True
 PACKAGE, RECORD, CONSTANTS = "package.pt2", "inductor.json", "constants.npz"
 
 log = logging.getLogger(__name__)
 
 
-def available() -> str | None:
-    """None where it can be used, else what to do."""
-    if importlib.util.find_spec("torch") is None:
-        return f"backend inductor: the package is missing; run: {PIP}"
-    return None
+class Inductor(Backend):
+    """AOTInductor as a backend."""
+
+    name = "inductor"
+
+    def available(self) -> str | None:
+        """None where it can be used, else what to do."""
+        if importlib.util.find_spec("torch") is None:
+            return f"backend inductor: the package is missing; run: {PIP}"
+        return None
+
+    def devices(self) -> list[str]:
+        torch = _vendor()
+        return ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count() if torch.version.cuda else 0))]
+
+    def dtypes(self) -> tuple[str, ...]:
+        """Precisions this machine computes in, the one to prefer first."""
+        return ("fp16", "fp32", "bf16") if len(self.devices()) > 1 else _cpu_dtypes()
+
+    def versions(self, config: EngineConfig | None = None) -> dict[str, str]:
+        """What a cached engine depends on beside files and config. Raises EngineError for a device that is not here."""
+        if reason := self.available():
+            raise EngineError(reason)
+        found = {"inductor": importlib.metadata.version("torch")}
+        if config is None:
+            return found
+        if (number := _gpu(config)) is None:
+            own = set(Options.read(config).kernels.values()) - {"torch"}
+            return {**found, **describe(), **({"kernels": native.fingerprint()} if own else {})}
+        return {**found, **dataclasses.asdict(gpus()[number])}  # a version of PyTorch has one of Triton
+
+    def build(self, target: Target, directory: Path) -> None:
+        """Write the package, what its weights are, and its constants. Raises EngineError where that cannot be done."""
+        options, number = Options.read(target.config), _gpu(target.config)
+        if options.fp8_least is not None and number is not None:
+            check_fp8(gpus()[number].arch)
+        here = _cpu_dtypes() if number is None else ("fp16", "bf16", "fp32")
+        if target.config.dtype not in here:
+            raise EngineError(f"inductor: got dtype {target.config.dtype}, but {describe()['cpu']} computes in {', '.join(here)}; "
+                              "pass --dtype fp32")
+        _check_tools(number)
+        _build(target, directory, options, "cpu" if number is None else f"cuda:{number}")
+        if number is not None:
+            _vendor().cuda.empty_cache()  # what the weights took
+
+    def load(self, target: Target, directory: Path) -> InductorEngine:
+        """Open the package and give it its weights. Raises EngineError where PyTorch cannot."""
+        with errors(f"inductor could not open {directory}"):
+            return InductorEngine(target, directory)
+
+    def details(self, directory: Path) -> dict[str, Any]:
+        """What the build wrote down about the engine in `directory`.
+
+        kernels: kind of site → {asked, used}. timings: [{kind, shapes, arguments, sites, used, seconds, rounds}] of the
+        kinds of sites where both kernels were timed, seconds and rounds by whose. failed: site → why ours is not used.
+        sites: kind → {latentrt, torch or fp8}, how many. Raises EngineError for a damaged file.
+        """
+        record = _record(directory)
+        return {name: record[name] for name in ("kernels", "timings", "failed", "sites")}
 
 
-def devices() -> list[str]:
-    torch = _vendor()
-    return ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count() if torch.version.cuda else 0))]
+INDUCTOR = Inductor()
 
 
-def dtypes() -> tuple[str, ...]:
-    """Precisions this machine computes in, the one to prefer first."""
-    return ("fp16", "fp32", "bf16") if len(devices()) > 1 else _cpu_dtypes()
-
-
-def versions(config: EngineConfig | None = None) -> dict[str, str]:
-    """What a cached engine depends on beside files and config. Raises EngineError for a device that is not here."""
-    if reason := available():
-        raise EngineError(reason)
-    found = {"inductor": importlib.metadata.version("torch")}
-    if config is None:
-        return found
-    if (number := _gpu(config)) is None:
-        own = set(Options.read(config).kernels.values()) - {"torch"}
-        return {**found, **describe(), **({"kernels": native.fingerprint()} if own else {})}
-    return {**found, **dataclasses.asdict(gpus()[number])}  # a version of PyTorch has one of Triton
-
-
-def runnable(config: EngineConfig) -> str | None:
-    """None: an engine that was built here runs here."""
-    return None
-
-
-def reads_onnx(config: EngineConfig) -> bool:
-    """Weights are in the ONNX file."""
-    return True
-
-
-def build(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
-    """Write the package, what its weights are, and its constants. Raises EngineError where that cannot be done."""
-    options, number = Options.read(config), _gpu(config)
-    if options.fp8_least is not None and number is not None:
-        check_fp8(gpus()[number].arch)
-    here = _cpu_dtypes() if number is None else ("fp16", "bf16", "fp32")
-    if config.dtype not in here:
-        raise EngineError(f"inductor: got dtype {config.dtype}, but {describe()['cpu']} computes in {', '.join(here)}; "
-                          "pass --dtype fp32")
-    _check_tools(number)
-    _build(onnx, component, config, directory, options, "cpu" if number is None else f"cuda:{number}")
-    if number is not None:
-        _vendor().cuda.empty_cache()  # what the weights took
-
-
-def _build(onnx: Path, component: Component, config: EngineConfig, directory: Path, options: Options,
+def _build(target: Target, directory: Path, options: Options,
            device: str) -> None:
     torch = _vendor()
     from engines.inductor import choice as inductor_choice
     from engines.inductor import module as onnx_torch
 
-    inputs = resolve(component.inputs, config)
+    inputs = target.inputs
     shapes = {name: (tuple(int(d) for d in spec.shape), spec.dtype) for name, spec in inputs.items()}
     start = time.perf_counter()
-    with (errors(f"inductor could not compile {onnx}"), torch.no_grad(), _flags(torch, config),
+    with (errors(f"inductor could not compile {target.onnx}"), torch.no_grad(), _flags(torch, target.config),
           warnings.catch_warnings()):
         warnings.simplefilter("ignore")  # PyTorch warns of its own parts
-        graph = onnx_torch.rewrite(onnx_nodes.read(onnx), options.fuse)
+        graph = onnx_torch.rewrite(onnx_nodes.read(target.onnx), options.fuse)
         if set(graph.inputs) != set(shapes):
             raise EngineError(f"graph inputs: got {sorted(graph.inputs)}, expected {sorted(shapes)} as the manifest "
                               "says; export the bundle again")
         ours = frozenset(kind for kind, whose in options.kernels.items() if whose != "torch")
-        found = onnx_torch.survey(graph, shapes, config.dtype, ours, native=device == "cpu" and bool(ours))
-        if config.threads and device == "cpu":
-            torch.set_num_threads(config.threads)
+        found = onnx_torch.survey(graph, shapes, target.config.dtype, ours, native=device == "cpu" and bool(ours))
+        if target.config.threads and device == "cpu":
+            torch.set_num_threads(target.config.threads)
         chosen, measured = inductor_choice.choose(found.both, options.kernels, found.dtype, device,
-                                                  2 * TOLERANCE[config.dtype])
-        module = onnx_torch.build(found, config.dtype, device, chosen, options.fp8_least)
+                                                  2 * TOLERANCE[target.config.dtype])
+        module = onnx_torch.build(found, target.config.dtype, device, chosen, options.fp8_least)
         program = torch.export.export(module, tuple(
             torch.zeros(shape, dtype=getattr(torch, kind), device=device)
             for shape, kind in (shapes[name] for name in graph.inputs)), strict=False)
-        log.info("%s: traced in %.1f s, compiling: %s", onnx.name, time.perf_counter() - start, ", ".join(
+        log.info("%s: traced in %.1f s, compiling: %s", target.onnx.name, time.perf_counter() - start, ", ".join(
             f"{count} {site} {whose}" for (site, whose), count in sorted(module.used.items())))
         _compile(program, directory, {"max_autotune": options.max_autotune})
     arrays: Mapping[str, Any] = module.constants
@@ -150,39 +157,22 @@ def _build(onnx: Path, component: Component, config: EngineConfig, directory: Pa
     (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
 
 
-def details(directory: Path) -> dict[str, Any]:
-    """What the build wrote down about the engine in `directory`.
-
-    kernels: kind of site → {asked, used}. timings: [{kind, shapes, arguments, sites, used, seconds, rounds}] of the
-    kinds of sites where both kernels were timed, seconds and rounds by whose. failed: site → why ours is not used.
-    sites: kind → {latentrt, torch or fp8}, how many. Raises EngineError for a damaged file.
-    """
-    record = _record(directory)
-    return {name: record[name] for name in ("kernels", "timings", "failed", "sites")}
-
-
-def load(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> InductorEngine:
-    """Open the package and give it its weights. Raises EngineError where PyTorch cannot."""
-    with errors(f"inductor could not open {directory}"):
-        return InductorEngine(onnx, component, config, directory)
-
-
-class InductorEngine:
-    """A package opened on the CPU, or on the GPU of number `gpu`; see `engines.spec.Engine`.
+class InductorEngine(Engine):
+    """A package opened on the CPU, or on the GPU of number `gpu`; see `engines.backend.Engine`.
 
     On a GPU it runs once when it is opened, so that its kernels are loaded, and the memory that it computes in belongs
     to it alone: a captured `enqueue` stays valid whatever else PyTorch allocates, and after a refit. precision: "fp8"
     with linear layers in that, else the config's.
     """
 
-    def __init__(self, onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
+    def __init__(self, target: Target, directory: Path) -> None:
         torch = _vendor()
         from engines.inductor.module import Weight, scales_name
 
-        self.inputs: Mapping[str, TensorSpec] = resolve(component.inputs, config)
-        self.outputs: Mapping[str, TensorSpec] = resolve(component.outputs, config)
-        self.gpu = _gpu(config)
-        self._torch, self._onnx, self._config = torch, onnx, config
+        self.inputs: Mapping[str, TensorSpec] = target.inputs
+        self.outputs: Mapping[str, TensorSpec] = target.outputs
+        self.gpu = _gpu(target.config)
+        self._torch, self._onnx, self._config = torch, target.onnx, target.config
         self._device = "cpu" if self.gpu is None else f"cuda:{self.gpu}"
         self._buffers: dict[str, Any] = {}
         record = _record(directory)
@@ -194,8 +184,8 @@ class InductorEngine:
         needed = self._package.get_constant_fqns()
         self._weights = {name: Weight(tuple(w["names"]), tuple(map(tuple, w["shapes"])), w["dtype"], w["channels_last"])
                          for name, w in record["weights"].items() if name in needed}
-        self.precision = "fp8" if any(w.dtype == "fp8" for w in self._weights.values()) else config.dtype
-        stored = values(onnx)
+        self.precision = "fp8" if any(w.dtype == "fp8" for w in self._weights.values()) else target.config.dtype
+        stored = values(target.onnx)
         self._memory = {name: weight.empty(self._device) for name, weight in self._weights.items()}
         self._scales = {name: weight.scales(self._device) for name, weight in self._weights.items()
                         if weight.dtype == "fp8"}
@@ -229,7 +219,7 @@ class InductorEngine:
             self._run(self._bound[0], stream, self._bound[1])
 
     def refit(self, weights: Mapping[str, Weight]) -> None:
-        """See `engines.spec.Engine`. In place: what `enqueue` reads, captured or not. Nothing may be running."""
+        """See `engines.backend.Engine`. In place: what `enqueue` reads, captured or not. Nothing may be running."""
         changed = convert(self._onnx, weights)
         known = {part for weight in self._weights.values() for part in weight.names}
         if fixed := sorted(set(changed) - known):

@@ -8,18 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle import Component
-from engines.spec import EngineConfig, EngineError, TensorSpec
-
-
-def resolve(specs: Iterable[TensorSpec], config: EngineConfig) -> dict[str, TensorSpec]:
-    """Name → spec at the config's static shapes."""
-    return {spec.name: spec.resolve(config.dims) for spec in specs}
-
-
-def allocate(component: Component, config: EngineConfig) -> dict[str, np.ndarray]:
-    """One uninitialised array for every input and output."""
-    return {n: s.empty() for n, s in resolve((*component.inputs, *component.outputs), config).items()}
+from engines.spec import EngineError, TensorSpec
 
 
 def check_names(buffers: Mapping[str, Any], expected: Iterable[str]) -> None:

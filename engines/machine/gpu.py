@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.spec import Engine, EngineError
+from engines.backend import Engine
+from engines.spec import EngineError
 
 DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle import Component
-from engines.layers import Layer
-from engines.machine.buffers import check_array, check_names, resolve
+from engines.backend import Backend, Engine, Layer, Target
+from engines.machine.buffers import check_array, check_names
 from engines.machine.cpu import describe, physical_cores
 from engines.machine.vendor import errors, importing
 from engines.onnx.initializers import BFLOAT16, convert, externalise, initializers
@@ -26,103 +25,93 @@ from engines.spec import EngineConfig, EngineError, TensorSpec
 
 PIP = "pip install onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-ON_GPU = False
-IN_PARTS = True
 WIDENED = "widened.onnx"
 
 
-def available() -> str | None:
-    """None where it can be used, else what to do."""
-    try:
-        _vendor()
-    except EngineError as e:
-        return str(e)
-    return None
+class OnnxRuntime(Backend):
+    """ONNX Runtime as a backend."""
+
+    name = "onnxruntime"
+
+    def available(self) -> str | None:
+        """None where it can be used, else what to do."""
+        try:
+            _vendor()
+        except EngineError as e:
+            return str(e)
+        return None
+
+    def devices(self) -> list[str]:
+        found = _vendor().get_available_providers()
+        return ["cpu", *(["cuda:0"] if PROVIDERS["cuda"] in found else [])]
+
+    def dtypes(self) -> tuple[str, ...]:
+        """Precisions this machine computes in, the one to prefer first."""
+        return ("fp16", "fp32", "bf16") if "cuda:0" in self.devices() else ("fp32",)
+
+    def versions(self, config: EngineConfig | None = None) -> dict[str, str]:
+        """What a cached engine depends on beside files and config."""
+        ort = _vendor()
+        found = {"onnxruntime": ort.__version__}
+        if config is None or config.device == "cpu":
+            return {**found, **describe()}
+        return {**found, "provider": _provider(config)[0], "build": ort.get_build_info(), "gpu": _gpu_name()}
+
+    def build(self, target: Target, directory: Path) -> None:
+        """Write what `load` needs beside the ONNX file into `directory`: a widened graph where the component is 16-bit."""
+        _provider(target.config)
+        if target.config.dtype not in ("fp32", target.component.dtype) or (target.config.device == "cpu" and target.config.dtype != "fp32"):
+            raise EngineError(
+                f"onnxruntime on {target.config.device}: got dtype {target.config.dtype} for a {target.component.dtype} graph, expected fp32"
+                f"{'' if target.config.device == 'cpu' else ' or that of the graph'}; pass --dtype fp32"
+                f"{', or --backend openvino where the CPU computes in 16 bits' if target.config.device == 'cpu' else ''}")
+        if target.config.dtype == "fp32" and target.component.dtype != "fp32":
+            from engines.onnx.widen import widen
+
+            widen(target.onnx, directory / WIDENED)
+
+    def load(self, target: Target, directory: Path) -> OnnxRuntimeEngine:
+        """Open the engine that `build` made. Raises EngineError for a graph that the provider cannot run."""
+        return OnnxRuntimeEngine(target, directory)
+
+    def layers(self, target: Target, directory: Path, feed: Mapping[str, np.ndarray],
+               calls: int) -> list[Layer]:
+        """See `engines.backend.Backend`; on a CPU. The kernel is the provider's, which has one for each type of node."""
+        with tempfile.TemporaryDirectory() as profiles:
+            engine = OnnxRuntimeEngine(target, directory, Path(profiles) / "call")
+            engine.bind({**feed, **{name: spec.empty() for name, spec in engine.outputs.items()}})
+            for _ in range(calls + 1):
+                engine.enqueue()
+            events = json.loads(Path(engine.end_profile()).read_text(encoding="utf8"))
+        nodes: dict[tuple[str, str], list[dict[str, Any]]] = {}  # fused nodes share a name
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                name = (event["name"].removesuffix("_kernel_time"), event["args"]["node_index"])
+                nodes.setdefault(name, []).append(event)
+        return [Layer(name, runs[0]["args"]["op_name"], runs[0]["args"]["provider"].removesuffix("ExecutionProvider"),
+                      ", ".join(kind for out in runs[0]["args"].get("output_type_shape", ())[:1] for kind in out),
+                      float(np.median([run["dur"] for run in runs[1:]])) / 1e6 if calls else None)
+                for (name, _), runs in nodes.items()]
 
 
-def devices() -> list[str]:
-    found = _vendor().get_available_providers()
-    return ["cpu", *(["cuda:0"] if PROVIDERS["cuda"] in found else [])]
+ONNXRUNTIME = OnnxRuntime()
 
 
-def dtypes() -> tuple[str, ...]:
-    """Precisions this machine computes in, the one to prefer first."""
-    return ("fp16", "fp32", "bf16") if "cuda:0" in devices() else ("fp32",)
-
-
-def versions(config: EngineConfig | None = None) -> dict[str, str]:
-    """What a cached engine depends on beside files and config."""
-    ort = _vendor()
-    found = {"onnxruntime": ort.__version__}
-    if config is None or config.device == "cpu":
-        return {**found, **describe()}
-    return {**found, "provider": _provider(config)[0], "build": ort.get_build_info(), "gpu": _gpu_name()}
-
-
-def runnable(config: EngineConfig) -> str | None:
-    """None: an engine that was built here runs here."""
-    return None
-
-
-def reads_onnx(config: EngineConfig) -> bool:
-    """Whether `load` reads the bundle's ONNX files."""
-    return True
-
-
-def build(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
-    """Write what `load` needs beside the ONNX file into `directory`: a widened graph where the component is 16-bit."""
-    _provider(config)
-    if config.dtype not in ("fp32", component.dtype) or (config.device == "cpu" and config.dtype != "fp32"):
-        raise EngineError(
-            f"onnxruntime on {config.device}: got dtype {config.dtype} for a {component.dtype} graph, expected fp32"
-            f"{'' if config.device == 'cpu' else ' or that of the graph'}; pass --dtype fp32"
-            f"{', or --backend openvino where the CPU computes in 16 bits' if config.device == 'cpu' else ''}")
-    if config.dtype == "fp32" and component.dtype != "fp32":
-        from engines.onnx.widen import widen
-
-        widen(onnx, directory / WIDENED)
-
-
-def load(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> OnnxRuntimeEngine:
-    """Open the engine that `build` made. Raises EngineError for a graph that the provider cannot run."""
-    return OnnxRuntimeEngine(onnx, component, config, directory)
-
-
-def layers(onnx: Path, component: Component, config: EngineConfig, directory: Path, feed: Mapping[str, np.ndarray],
-           calls: int) -> list[Layer]:
-    """See `engines.layers`; on a CPU. The kernel is the provider's, which has one for each type of node."""
-    with tempfile.TemporaryDirectory() as profiles:
-        engine = OnnxRuntimeEngine(onnx, component, config, directory, Path(profiles) / "call")
-        engine.bind({**feed, **{name: spec.empty() for name, spec in engine.outputs.items()}})
-        for _ in range(calls + 1):
-            engine.enqueue()
-        events = json.loads(Path(engine.end_profile()).read_text(encoding="utf8"))
-    nodes: dict[tuple[str, str], list[dict[str, Any]]] = {}  # fused nodes share a name
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            name = (event["name"].removesuffix("_kernel_time"), event["args"]["node_index"])
-            nodes.setdefault(name, []).append(event)
-    return [Layer(name, runs[0]["args"]["op_name"], runs[0]["args"]["provider"].removesuffix("ExecutionProvider"),
-                  ", ".join(kind for out in runs[0]["args"].get("output_type_shape", ())[:1] for kind in out),
-                  float(np.median([run["dur"] for run in runs[1:]])) / 1e6 if calls else None)
-            for (name, _), runs in nodes.items()]
-
-
-class OnnxRuntimeEngine:
-    """One session with static shapes; see `engines.spec.Engine`.
+class OnnxRuntimeEngine(Engine):
+    """One session with static shapes; see `engines.backend.Engine`.
 
     On CUDA, `enqueue` runs on ONNX Runtime's own stream and returns when it is done, so it cannot be captured.
     profile: how the name of a file begins that every node's times go to; `end_profile` closes it and returns its name.
     """
 
-    def __init__(self, onnx: Path, component: Component, config: EngineConfig, directory: Path,
+    def __init__(self, target: Target, directory: Path,
                  profile: Path | None = None) -> None:
-        self.inputs: Mapping[str, TensorSpec] = resolve(component.inputs, config)
-        self.outputs: Mapping[str, TensorSpec] = resolve(component.outputs, config)
+        self.inputs: Mapping[str, TensorSpec] = target.inputs
+        self.outputs: Mapping[str, TensorSpec] = target.outputs
         widened = directory / WIDENED
-        self._model = widened if widened.is_file() else onnx
-        self._weights = onnx.parent
-        self._config = config
+        self._model = widened if widened.is_file() else target.onnx
+        self._weights = target.onnx.parent
+        self._config = target.config
         self._cache = directory
         self._profile = profile
         self._changed: dict[str, np.ndarray] = {}

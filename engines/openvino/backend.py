@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle import Component
-from engines.layers import Layer
-from engines.machine.buffers import check_array, check_names, resolve
+from engines.backend import Backend, Engine, Layer, Target
+from engines.machine.buffers import check_array, check_names
 from engines.machine.cpu import describe
 from engines.machine.vendor import errors, importing
 from engines.onnx.initializers import refitted
@@ -43,75 +42,64 @@ PRECISION = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 KERNELS = {"attention": ("Attention", own_attention), "norm": ("GroupNormSilu", own_group_norm)}
 """Option that chooses whose kernel → our op, and the pass that puts it in the graph."""
 
-ON_GPU = False
-IN_PARTS = True
+
+class OpenVino(Backend):
+    """OpenVINO as a backend."""
+
+    name = "openvino"
+
+    def available(self) -> str | None:
+        """None where it can be used, else what to do."""
+        try:
+            _vendor()
+        except EngineError as e:
+            return str(e)
+        return None
+
+    def devices(self) -> list[str]:
+        return ["cpu"] if "CPU" in _vendor().Core().available_devices else []
+
+    def dtypes(self) -> tuple[str, ...]:
+        """Precisions this machine computes in, the one to prefer first."""
+        has = _vendor().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return tuple(dtype for dtype in ("bf16", "fp32", "fp16") if dtype.upper() in has)
+
+    def versions(self, config: EngineConfig | None = None) -> dict[str, str]:
+        """What a cached engine depends on beside files and config."""
+        own = config is not None and any(_ours(config, kind) for kind in KERNELS)
+        return {"openvino": _vendor().get_version(), **({"kernels": native.fingerprint()} if own else {}), **describe()}
+
+    def build(self, target: Target, directory: Path) -> None:
+        """Nothing is written; refuses a device or precision that this machine does not have."""
+        if target.config.device != "cpu":
+            raise EngineError(f"openvino: got device {target.config.device!r}, expected 'cpu'")
+        if target.config.dtype not in self.dtypes():
+            raise EngineError(f"openvino: got dtype {target.config.dtype}, but {describe()['cpu']} computes in "
+                              f"{', '.join(self.dtypes())}; pass --dtype fp32")
+        for kind in KERNELS:
+            _ours(target.config, kind)
+
+    def load(self, target: Target, directory: Path) -> OpenVinoEngine:
+        """Compile the graph for the config's static shapes. Raises EngineError where OpenVINO cannot."""
+        return OpenVinoEngine(target)
+
+    def layers(self, target: Target, directory: Path, feed: Mapping[str, np.ndarray],
+               calls: int) -> list[Layer]:
+        """See `engines.backend.Backend`. What the plugin has folded into another layer, or need not do, is none of them."""
+        engine = OpenVinoEngine(target, counters=True)
+        engine.bind({**feed, **{name: spec.empty() for name, spec in engine.outputs.items()}})
+        found = []
+        for _ in range(calls + 1):
+            engine.enqueue()
+            found.append({node.node_name: node for node in engine.counters()})
+        nodes = {name: node for call in found for name, node in call.items()}  # one of no microsecond counts as not run
+        seconds = {name: [call[name].real_time.total_seconds() if name in call else 0.0 for call in found[1:]]
+                   for name in nodes}
+        return [_layer(name, node.node_type, node.exec_type, float(np.median(seconds[name])) if calls else None)
+                for name, node in nodes.items()]
 
 
-def available() -> str | None:
-    """None where it can be used, else what to do."""
-    try:
-        _vendor()
-    except EngineError as e:
-        return str(e)
-    return None
-
-
-def devices() -> list[str]:
-    return ["cpu"] if "CPU" in _vendor().Core().available_devices else []
-
-
-def dtypes() -> tuple[str, ...]:
-    """Precisions this machine computes in, the one to prefer first."""
-    has = _vendor().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return tuple(dtype for dtype in ("bf16", "fp32", "fp16") if dtype.upper() in has)
-
-
-def versions(config: EngineConfig | None = None) -> dict[str, str]:
-    """What a cached engine depends on beside files and config."""
-    own = config is not None and any(_ours(config, kind) for kind in KERNELS)
-    return {"openvino": _vendor().get_version(), **({"kernels": native.fingerprint()} if own else {}), **describe()}
-
-
-def runnable(config: EngineConfig) -> str | None:
-    """None: an engine that was built here runs here."""
-    return None
-
-
-def reads_onnx(config: EngineConfig) -> bool:
-    """Whether `load` reads the bundle's ONNX files."""
-    return True
-
-
-def build(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
-    """Nothing is written; refuses a device or precision that this machine does not have."""
-    if config.device != "cpu":
-        raise EngineError(f"openvino: got device {config.device!r}, expected 'cpu'")
-    if config.dtype not in dtypes():
-        raise EngineError(f"openvino: got dtype {config.dtype}, but {describe()['cpu']} computes in "
-                          f"{', '.join(dtypes())}; pass --dtype fp32")
-    for kind in KERNELS:
-        _ours(config, kind)
-
-
-def load(onnx: Path, component: Component, config: EngineConfig, directory: Path) -> OpenVinoEngine:
-    """Compile the graph for the config's static shapes. Raises EngineError where OpenVINO cannot."""
-    return OpenVinoEngine(onnx, component, config)
-
-
-def layers(onnx: Path, component: Component, config: EngineConfig, directory: Path, feed: Mapping[str, np.ndarray],
-           calls: int) -> list[Layer]:
-    """See `engines.layers`. What the plugin has folded into another layer, or need not do, is none of them."""
-    engine = OpenVinoEngine(onnx, component, config, counters=True)
-    engine.bind({**feed, **{name: spec.empty() for name, spec in engine.outputs.items()}})
-    found = []
-    for _ in range(calls + 1):
-        engine.enqueue()
-        found.append({node.node_name: node for node in engine.counters()})
-    nodes = {name: node for call in found for name, node in call.items()}  # one of no microsecond counts as not run
-    seconds = {name: [call[name].real_time.total_seconds() if name in call else 0.0 for call in found[1:]]
-               for name in nodes}
-    return [_layer(name, node.node_type, node.exec_type, float(np.median(seconds[name])) if calls else None)
-            for name, node in nodes.items()]
+OPENVINO = OpenVino()
 
 
 def _layer(name: str, kind: str, implementation: str, seconds: float | None) -> Layer:
@@ -144,18 +132,18 @@ def _extension_missing() -> str | None:
     return None
 
 
-class OpenVinoEngine:
-    """Infer requests with static shapes: the fp32 angles, if any, then the rest; see `engines.spec.Engine`.
+class OpenVinoEngine(Engine):
+    """Infer requests with static shapes: the fp32 angles, if any, then the rest; see `engines.backend.Engine`.
 
     counters: have every layer timed, which costs time itself; `counters()` then has the figures of the last call.
     """
 
-    def __init__(self, onnx: Path, component: Component, config: EngineConfig, counters: bool = False) -> None:
-        self.inputs: Mapping[str, TensorSpec] = resolve(component.inputs, config)
-        self.outputs: Mapping[str, TensorSpec] = resolve(component.outputs, config)
-        self._onnx = onnx
-        self._dtype = component.dtype
-        self._config = config
+    def __init__(self, target: Target, counters: bool = False) -> None:
+        self.inputs: Mapping[str, TensorSpec] = target.inputs
+        self.outputs: Mapping[str, TensorSpec] = target.outputs
+        self._onnx = target.onnx
+        self._dtype = target.component.dtype
+        self._config = target.config
         self._counters = counters
         self._buffers: dict[str, np.ndarray] = {}
         self._models = self._read()  # the compiled ones hold the memory of their constants too

@@ -86,7 +86,7 @@ def _asked_for(backend: str, device: str) -> tuple[str, str]:
     if device == "auto":
         here = [one for one in module.devices() if one.startswith(("cpu", "cuda:"))]
         return backend, next((one for one in here if one != "cpu"), here[0] if here else "cuda:0")
-    if not module.ON_GPU and device not in module.devices():  # those for GPUs say themselves what is wrong
+    if not module.on_gpu and device not in module.devices():  # those for GPUs say themselves what is wrong
         raise EngineError(f"backend {backend}: got device {device}, expected one of {', '.join(module.devices())}")
     return backend, device
 

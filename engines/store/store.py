@@ -1,15 +1,4 @@
 """The engine cache: BUNDLE/engines/<component>-<backend>-<key>/ with `engine.json` and what the backend wrote.
-
-A backend module holds: `available()`, `devices()`, `dtypes()`, `versions(config)` (all that its engines depend on
-beside files and config), `build(onnx, component, config, directory)`, `load(onnx, component, config, directory)`,
-`runnable(config)` (None where this machine can run the engine, else why not), `reads_onnx(config)` (whether `load`
-reads the bundle's ONNX files), `SOURCES` (our files that shape its engines), `ON_GPU` (its engines are for a GPU and
-compute in the precision of the graph) and `IN_PARTS` (it runs the UNet in the parts of `export.passes.hoist`). An
-engine with an attribute `gpu` runs on the GPU of that number.
-
-It may hold, for `python -m engines inspect`: `details(directory)` (what it recorded when it built, JSON values by
-name) and `layers(onnx, component, config, directory, feed, calls)` (see `engines.layers`).
-`refits(config)`: whether a build has to show that new weights reach the engine (`engines/check/refit.py`).
 """
 
 from __future__ import annotations
@@ -29,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import engines
+from engines.backend import Engine, Target
 from engines.bundle import Bundle, Check, hash_file, hash_files, parse
 from engines.bundle.publish import BusyError, publish, user_cache
 from engines.check import refit as verify_refit
 from engines.check import verify
 from engines.check.verify import Timing
-from engines.spec import Engine, EngineConfig, EngineError
+from engines.spec import EngineConfig, EngineError
 from engines.store import sources
 
 FORMAT = 2  # 1 had no timing
@@ -99,11 +89,10 @@ def load(bundle: Bundle, component: str, config: EngineConfig) -> Engine:
         _refuse_mismatched(bundle, component, config)
     path = path or build(bundle, component, config)
     module = engines.backend(config.backend)
-    spec = bundle.component(component)
     if not fresh:
         verify_files(bundle, path, Record.read(path, rebuild_command(bundle, component, config)))
     start = time.perf_counter()
-    engine: Engine = module.load(bundle.path / spec.file, spec, config, path)
+    engine: Engine = module.load(Target.of(bundle, component, config), path)
     log.info("loaded %s in %.1f s", path.name, time.perf_counter() - start)
     return engine
 
@@ -173,7 +162,7 @@ def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (),
     for height, width in sizes or (bundle.manifest.default_size,):
         bundle.check_size(height, width)
         for name in components or used(bundle, backend):
-            own = dtype if dtype != "auto" else bundle.component(name).dtype if module.ON_GPU else module.dtypes()[0]
+            own = dtype if dtype != "auto" else bundle.component(name).dtype if module.on_gpu else module.dtypes()[0]
             for count in sorted({count for batch in batches for count in _row_counts(name, batch)}):
                 config = bundle.config(name, backend=backend, height=height, width=width, batch=count, dtype=own,
                                        **rest)
@@ -184,7 +173,7 @@ def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (),
 
 def in_parts(bundle: Bundle, name: str, component: str = "unet") -> bool:
     """Whether the runtime runs a component of a bundle in the parts of `export.passes.hoist` with this backend, or whole."""
-    return engines.backend(name).IN_PARTS and f"{component}_body" in bundle.manifest.components
+    return engines.backend(name).in_parts and f"{component}_body" in bundle.manifest.components
 
 
 def used(bundle: Bundle, backend: str) -> list[str]:
@@ -286,13 +275,13 @@ def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: b
         bundle.verify(spec.files)
         bar.update()
         start = time.perf_counter()
-        module.build(bundle.path / spec.file, spec, config, temporary)
+        module.build(Target.of(bundle, name, config), temporary)
         seconds = time.perf_counter() - start
         bar.update()
         if missing := module.runnable(config):
             log.warning("%s: built, not checked: %s", name, missing)
         figures, timing = verify.check(bundle, name, config, temporary) if check and not missing else (None, None)
-        if figures is not None and (refits := getattr(module, "refits", None)) and refits(config):
+        if figures is not None and module.refits(config):
             verify_refit.check(bundle, name, config, temporary)
         bar.update()
         written = sorted(str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file())

@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 import kernels
-from engines.bundle import Component, hash_files
+from engines.backend import Backend, Engine, Target
+from engines.bundle import hash_files
 from engines.bundle.publish import user_cache
 from engines.check.verify import TOLERANCE
-from engines.machine.buffers import check_names, device_address, resolve
+from engines.machine.buffers import check_names, device_address
 from engines.machine.gpu import Gpu, Memory, gpus, select
 from engines.machine.vendor import importing
 from engines.onnx.initializers import convert
@@ -92,14 +93,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Flavour:
-    """One of the two as a backend; see `engines.store.store` for what each of its methods is for."""
+class Flavour(Backend):
+    """One of the two as a backend; see `engines.backend.Backend`."""
 
     name: str
     rtx: bool
     pip: str
-    ON_GPU: ClassVar = True
-    IN_PARTS: ClassVar = True
+    on_gpu: ClassVar[bool] = True  # type: ignore[misc]
 
     def vendor(self) -> Any:
         """The vendor's package. Raises EngineError with the pip line where it is missing."""
@@ -160,23 +160,23 @@ class Flavour:
         """A stripped plan's weights are in the ONNX file."""
         return Options.read(config.options).stripped
 
-    def build(self, onnx: Path, component: Component, config: EngineConfig, directory: Path) -> None:
+    def build(self, target: Target, directory: Path) -> None:
         """Write the plan and what its builder said. Raises EngineError for what TensorRT refuses."""
-        options = Options.read(config.options)
-        arch, number = self._target(config)
-        if config.dtype != component.dtype:
-            raise EngineError(f"{self.name}: got dtype {config.dtype}, expected {component.dtype}, that of the graph; "
-                              f"pass --dtype {component.dtype}, or export the checkpoint with --dtype {config.dtype}")
+        options = Options.read(target.config.options)
+        arch, number = self._target(target.config)
+        if target.config.dtype != target.component.dtype:
+            raise EngineError(f"{self.name}: got dtype {target.config.dtype}, expected {target.component.dtype}, that of the graph; "
+                              f"pass --dtype {target.component.dtype}, or export the checkpoint with --dtype {target.config.dtype}")
         if not self.rtx and number is None:
-            raise EngineError(f"{self.name} builds where the engine runs: {self.runnable(config)}")
-        shapes = [{s.name: tuple(int(d) for d in s.shape) for s in resolve(specs, config).values()}
-                  for specs in (component.inputs, component.outputs)]
+            raise EngineError(f"{self.name} builds where the engine runs: {self.runnable(target.config)}")
+        shapes = [{spec.name: tuple(int(d) for d in spec.shape) for spec in specs.values()}
+                  for specs in (target.inputs, target.outputs)]
         cache = "" if self.rtx or number is None else str(self._cache("timing", gpus()[number]))
-        asked = self._kernels_asked(config)
-        build(Request(self.name, str(onnx), shapes[0], shapes[1], str(directory), arch, number,
-                      config.dtype != "fp32", options.flags, options.optimization_level, options.workspace, cache,
-                      tolerance=2 * TOLERANCE[config.dtype]),
-              {kind: wanted for kind, wanted in asked.items() if component.sites.get(KINDS[kind])})
+        asked = self._kernels_asked(target.config)
+        build(Request(self.name, str(target.onnx), shapes[0], shapes[1], str(directory), arch, number,
+                      target.config.dtype != "fp32", options.flags, options.optimization_level, options.workspace, cache,
+                      tolerance=2 * TOLERANCE[target.config.dtype]),
+              {kind: wanted for kind, wanted in asked.items() if target.component.sites.get(KINDS[kind])})
 
     def details(self, directory: Path) -> dict[str, Any]:
         """What the build wrote down about the engine in `directory`; a key is missing where it was not to be had.
@@ -202,14 +202,14 @@ class Flavour:
         """Whether weights of the engine can change, so that a build has to show that they do."""
         return Options.read(config.options).refit
 
-    def load(self, onnx: Path, component: Component, config: EngineConfig, directory: Path) -> TensorRtEngine:
+    def load(self, target: Target, directory: Path) -> TensorRtEngine:
         """Open the plan on its GPU. Raises EngineError where there is none, or TensorRT refuses the plan."""
-        number = self._target(config)[1]
+        number = self._target(target.config)[1]
         if number is None:
-            raise EngineError(f"{directory.name} does not run on this machine: {self.runnable(config)}")
-        key = json.dumps([component.files, config.to_json()], sort_keys=True)
+            raise EngineError(f"{directory.name} does not run on this machine: {self.runnable(target.config)}")
+        key = json.dumps([target.component.files, target.config.to_json()], sort_keys=True)
         compiled = self._cache(hashlib.sha256(key.encode()).hexdigest()[:12], gpus()[number]) if self.rtx else None
-        return TensorRtEngine(self.vendor(), onnx, component, config, directory, number, compiled)
+        return TensorRtEngine(self.vendor(), target, directory, number, compiled)
 
     def _kernels_asked(self, config: EngineConfig) -> dict[str, str]:
         """Kind of site → native, plugin or auto. Raises EngineError for a plugin where there can be none."""
@@ -259,19 +259,19 @@ RTX = Flavour("tensorrt-rtx", True, "pip install tensorrt-rtx-cu13-libs tensorrt
 ENTERPRISE = Flavour("tensorrt", False, "pip install tensorrt-cu13")
 
 
-class TensorRtEngine:
-    """A plan opened on GPU number `gpu`; see `engines.spec.Engine`.
+class TensorRtEngine(Engine):
+    """A plan opened on GPU number `gpu`; see `engines.backend.Engine`.
 
     A run needs `workspace_bytes` of working memory, which may be shared with engines that do not run meanwhile: hand it
     over with `use_workspace`. Otherwise `bind` allocates it. `enqueue` only launches, so that it can be captured.
     """
 
-    def __init__(self, trt: Any, onnx: Path, component: Component, config: EngineConfig, directory: Path, gpu: int,
+    def __init__(self, trt: Any, target: Target, directory: Path, gpu: int,
                  compiled: Path | None) -> None:
-        self.inputs: Mapping[str, TensorSpec] = resolve(component.inputs, config)
-        self.outputs: Mapping[str, TensorSpec] = resolve(component.outputs, config)
-        self.gpu = gpu
-        self._trt, self._onnx, self._log = trt, onnx, logger(trt)
+        self.inputs: Mapping[str, TensorSpec] = target.inputs
+        self.outputs: Mapping[str, TensorSpec] = target.outputs
+        self.gpu = self._gpu = gpu
+        self._trt, self._onnx, self._log = trt, target.onnx, logger(trt)
         self._changed: dict[str, np.ndarray] = {}
         self._buffers: dict[str, Any] = {}
         select(gpu)
@@ -282,10 +282,10 @@ class TensorRtEngine:
             raise EngineError(f"{directory / PLAN} does not open: {self._log.why()}")
         self._engine = engine
         self._check(directory)
-        if Options.read(config.options).stripped:
+        if Options.read(target.config.options).stripped:
             refitter: rt.Refitter = trt.Refitter(engine, self._log)
-            if not trt.OnnxParserRefitter(refitter, self._log).refit_from_file(str(onnx)):
-                raise EngineError(f"{directory / PLAN} does not take its weights from {onnx}: {self._log.why()}")
+            if not trt.OnnxParserRefitter(refitter, self._log).refit_from_file(str(target.onnx)):
+                raise EngineError(f"{directory / PLAN} does not take its weights from {target.onnx}: {self._log.why()}")
         self.workspace_bytes: int = self._engine.device_memory_size_v2
         self._workspace: Any = None
         self.refittable: list[str] = []
@@ -309,7 +309,7 @@ class TensorRtEngine:
 
     def bind(self, buffers: Mapping[str, Any]) -> None:
         if self._workspace is None and self.workspace_bytes:
-            self.use_workspace(Memory(self.gpu, self.workspace_bytes))
+            self.use_workspace(Memory(self._gpu, self.workspace_bytes))
         specs = {**self.inputs, **self.outputs}
         check_names(buffers, specs)
         for name, spec in specs.items():
@@ -324,7 +324,7 @@ class TensorRtEngine:
             raise EngineError(f"enqueue: {self._log.why()}")
 
     def refit(self, weights: Mapping[str, Weight]) -> None:
-        """See `engines.spec.Engine`; needs the option refit=true, and that nothing is running.
+        """See `engines.backend.Engine`; needs the option refit=true, and that nothing is running.
 
         NVIDIA documents for TensorRT 11.3 that a plan built so may drop the bias of a matrix product. The build checks
         that (`engines/check/refit.py`); values given here are not checked again.

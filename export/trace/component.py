@@ -15,6 +15,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from engines.backend import Target
 from engines.bundle import Check, Component, hash_files
 from engines.check import verify
 from engines.spec import EngineConfig, EngineError
@@ -142,7 +143,8 @@ def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any],
     try:
         for part in parts:
             given = {spec.name: arrays[spec.name] for spec in part.inputs}
-            arrays |= verify.run_reference(directory / part.file, part, EngineConfig("onnxruntime", **dims), given)
+            arrays |= verify.run_reference(
+                Target(directory, part.file, part, EngineConfig("onnxruntime", **dims)), given)
         what = f"{', '.join(part.file for part in parts)} in {parts[0].dtype}"
         return verify.compare(arrays, expected, parts[0].dtype, what, SEED, reference)
     except EngineError as e:

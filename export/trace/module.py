@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from engines.backend import Target
 from engines.bundle import Check, Component, hash_files
 from engines.check import verify
 from engines.spec import EngineConfig, EngineError, TensorSpec
@@ -67,7 +68,8 @@ def trace_module(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Seque
         component = Component(file.name, hash_files(new.parent, written), "fp32", graph.inputs, graph.outputs,
                               count_sites(model.graph), Check("not checked", 0, 0.0, 0.0))
         try:
-            got = verify.run_reference(new, component, EngineConfig("onnxruntime", **dims), feed)
+            got = verify.run_reference(
+                Target(new.parent, file.name, component, EngineConfig("onnxruntime", **dims)), feed)
             check = verify.compare(got, expected, "fp32", file.name, 0, REFERENCE)
         except EngineError as e:
             raise ExportError(str(e)) from e

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engines import EngineError
+from engines import Engine, EngineError
 from kernels import calls
 from kernels.aot.artefact import Artefact, KernelError, arch_for
 from kernels.launch import Kernel, cuda_core
@@ -34,7 +34,7 @@ class Device(Protocol):
     def use(self) -> None:
         """Make it the one of the calling thread."""
 
-    def adopt(self, engine: Any) -> None:
+    def adopt(self, engine: Engine) -> None:
         """Give an engine what it shares with the others that run here; before its buffers are bound."""
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -147,12 +147,11 @@ class Cuda:
     def use(self) -> None:
         self._core.Device(self._number).set_current()
 
-    def adopt(self, engine: Any) -> None:
+    def adopt(self, engine: Engine) -> None:
         """One block of working memory for every engine: they run one after another on one stream.
 
-        An engine that can share has `workspace_bytes` and `use_workspace(address)`.
         """
-        if not hasattr(engine, "use_workspace"):
+        if not engine.workspace_bytes:
             return
         self._sharing.append(engine)
         if self._workspace is None or self._workspace.nbytes < engine.workspace_bytes:

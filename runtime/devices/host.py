@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from engines import Engine
 from kernels.host import step_table
 from runtime.loop.step import guide, update
 from runtime.pictures.save import to_uint8
@@ -22,7 +23,7 @@ class Host:
     def use(self) -> None:
         pass
 
-    def adopt(self, engine: Any) -> None:
+    def adopt(self, engine: Engine) -> None:
         pass
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -233,7 +233,7 @@ def test_an_engine_that_cannot_run_here_takes_part_only_when_asked_for(monkeypat
 
 def test_on_a_gpu_everyone_computes_in_the_precision_of_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {name: SimpleNamespace(available=lambda: None, dtypes=lambda: ("fp16", "bf16", "fp32"),
-                                   ON_GPU=engines.backend(name).ON_GPU) for name in on_gpu.BACKENDS}
+                                   on_gpu=engines.backend(name).on_gpu) for name in on_gpu.BACKENDS}
     monkeypatch.setattr(engines, "backend", found.__getitem__)
     for dtype in ("fp16", "bf16"):
         default = turns.chosen(ALL, on_gpu.CONTENDERS, on_gpu.REFERENCE, dtype, dtype)

@@ -17,7 +17,7 @@ import kernels.triton.accumulate
 import kernels.triton.guidance_step
 import kernels.triton.step_input
 import kernels.triton.to_image  # noqa: F401 - registers torch.ops.latentrt, as the three above do
-from engines import TensorSpec
+from engines import Engine, TensorSpec
 from engines.onnx.low_rank import Weight
 from runtime import Request
 from runtime.devices.bound import BoundEngine
@@ -81,17 +81,17 @@ class Deferred(TorchHost):
         return wait
 
 
-class Wave:
+class Wave(Engine):
     """noise_pred = text[1, 2] · sin(sample + timestep / 300 + features[3]), by torch, for every row.
 
     It allocates nothing when it runs. number: of a GPU, or None for the CPU.
     """
 
     def __init__(self, rows: int, number: int | None = None) -> None:
-        self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in (
+        self.inputs = {spec.name: spec for spec in (
             TensorSpec("sample", "float32", (rows, *LATENT)), TensorSpec("timestep", "float32", (rows,)),
             TensorSpec("features", "float32", (rows, 70)), TensorSpec("text", "float32", (rows, 2, 3)))}
-        self.outputs: Mapping[str, TensorSpec] = {
+        self.outputs = {
             "noise_pred": TensorSpec("noise_pred", "float32", (rows, *LATENT))}
         self.gpu = number
         self.gain = 1.0

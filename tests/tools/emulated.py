@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from engines import EngineError, TensorSpec
+from engines import Engine, EngineError, TensorSpec
 from engines.onnx.low_rank import Weight
 from kernels.aot.artefact import artefacts
 from kernels.host.step_table import width
@@ -120,13 +120,13 @@ class GpuWave(Wave):
         self._gpu.do(lambda: Wave.enqueue(self))
 
 
-class Picture:
+class Picture(Engine):
     """A decoder: image = the first three channels of the latents, as they are."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self.inputs: Mapping[str, TensorSpec] = {"latents": TensorSpec("latents", "float32", (1, 4, 16, 12))}
-        self.outputs: Mapping[str, TensorSpec] = {"image": TensorSpec("image", "float32", (1, 3, 16, 12))}
+        self.inputs = {"latents": TensorSpec("latents", "float32", (1, 4, 16, 12))}
+        self.outputs = {"image": TensorSpec("image", "float32", (1, 3, 16, 12))}
 
     def bind(self, buffers: Mapping[str, Any]) -> None:
         self._arrays = {name: array(int(b), b.shape) for name, b in buffers.items()}

@@ -8,9 +8,9 @@ import pytest
 
 import engines
 from engines import __main__ as cli
-from engines import layers
+from engines.backend import Layer
 from engines.bundle import Bundle
-from engines.layers import Layer
+from engines.cli import layers
 from engines.store import store
 from kernels.cpu import native
 from tests.tools.small import small_bundle

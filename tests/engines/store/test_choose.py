@@ -125,7 +125,7 @@ def test_figures_that_do_not_count(bundle, monkeypatch, why):
 
 def backend_of_a_gpu(runnable):
     return SimpleNamespace(available=lambda: None, devices=lambda: ["cuda:0", "sm_90"], dtypes=lambda: ("fp16", "bf16"),
-                           runnable=lambda config: runnable, ON_GPU=True)
+                           runnable=lambda config: runnable, on_gpu=True)
 
 
 def test_a_gpu_goes_before_the_cpu_where_it_can_run(bundle, monkeypatch):

@@ -31,7 +31,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 
 ROOT = Path(__file__).parents[3]
-BACKENDS = [name for name in engines.BACKENDS if not engines.backend(name).ON_GPU and name != "inductor"]
+BACKENDS = [name for name in engines.BACKENDS if not engines.backend(name).on_gpu and name != "inductor"]
 """Those whose engines are made in no time; tests/engines/inductor/test_backend.py asks the same of the one that compiles C++."""
 SHAPES = [pytest.param(64, 64, 1, id="64x64-1"), pytest.param(64, 96, 2, id="64x96-2")]
 

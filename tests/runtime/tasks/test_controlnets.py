@@ -161,7 +161,7 @@ def mixed() -> list[Request]:
 @pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
 def test_a_batch_is_each_alone(ours, path, parts, monkeypatch):
     """Where one image uses a net and its neighbour does not, the neighbour's is as if there were none."""
-    monkeypatch.setattr(backend, "IN_PARTS", parts)
+    monkeypatch.setattr(backend, "in_parts", parts)
     batch = Pipeline.load(path, "onnxruntime", size=SIZE, batch=2, progress=False)
     for together, request in zip(batch(mixed()), mixed(), strict=True):
         got, alone = (ours.decode(result.latents) for result in (together, ours(request)))

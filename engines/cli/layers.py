@@ -1,28 +1,11 @@
-"""What an engine is made of once its library has compiled it: a line a layer, with the kernel that was chosen.
-
-A backend that can tell has `layers(onnx, component, config, directory, feed, calls)`: it opens the engine, runs it
-`calls` times on `feed` (name → array) after a first, and returns its layers in the order they run. Times need counters
-that cost time themselves, so their sum is more than a call takes. Or its `details` have "engine_layers", recorded when
-it was built (`recorded`).
-"""
+"""Layers of engines as `python -m engines inspect` counts and sorts them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Layer:
-    """name: as the library calls it. type: what it computes. kernel: the implementation chosen. precision: of the
-    kernel, in the library's words. seconds: median of its time in a call, None where it was not measured."""
-
-    name: str
-    type: str
-    kernel: str
-    precision: str
-    seconds: float | None = None
+from engines.backend import Layer
 
 
 def recorded(rows: Iterable[Mapping[str, Any]]) -> list[Layer]:
