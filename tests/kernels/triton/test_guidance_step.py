@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.host.step import advance, guide, initial_state
 from kernels.host.step_table import CLIP, DRAW, MEMORIES, MIX, fitting_memory, pack, width
 from kernels.triton import guidance_step as op
-from runtime.loop.step import advance, guide, initial_state
 from runtime.schedulers import Table, make_table, names
 from tests.runtime.schedulers.test_schedulers import STABLE
 from tests.tolerances import SCHEDULER_REL
