@@ -1,4 +1,4 @@
-"""The numpy twins beside the torch references of the same ops; `step_input` and `accumulate` are beside their kernels."""
+"""The numpy twins against the torch references of the same ops; those of small ops are tested beside their kernels."""
 
 from __future__ import annotations
 

@@ -326,9 +326,8 @@ def test_every_variant_is_what_the_launcher_would_launch() -> None:
     found = {(v.signature["noise_pred_ptr"], v.constants["MEMORY"]): v for v in op.variants()}
     assert len(found) == len(DTYPES) * len(MEMORIES)
     for (_, memory), variant in found.items():
-        shape = op.config(int(memory))
         assert (variant.constants["BLOCK"], variant.constants["CHUNK"], variant.num_warps) == (
-            shape.block, shape.chunk, shape.num_warps)
+            op.block(int(memory)), op.CHUNK, op.NUM_WARPS)
         assert variant.signature["sample_ptr"] == variant.signature["noise_pred_ptr"]
 
 
