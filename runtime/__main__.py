@@ -14,9 +14,9 @@ from PIL import Image
 from engines import Bundle
 from engines.cli.interrupt import interruptible
 from engines.store import store
-from engines.store.choose import choose
 from runtime import EngineError, Pipeline, Request, Result
 from runtime.cli.options import LATENTS, parser, requests_of
+from runtime.config import PipelineConfig
 from runtime.pictures import save as images
 from runtime.pictures import video
 from runtime.tasks import tasks
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
         each = [result.latents] if one.frames is not None else [latents[None] for latents in result.latents]
         for latents, file in zip(each if files[0].suffix == LATENTS else (), files, strict=False):
             images.save_latents(latents, file, force=args.force)
-        about = {"model": pipe.bundle.manifest.provenance, "backend": pipe.backend, "dtype": pipe.dtype}
+        about = {"model": pipe.bundle.manifest.provenance, "backend": pipe.config.backend, "dtype": pipe.config.dtype}
         if one.frames is not None and result.images:
             clip = video.read(one.frames, "frames", one.every, one.limit)
             video.write(result.images, files[0], clip.rate, {"request": one.to_json(), **about}, args.force, clip.names)
@@ -77,15 +77,13 @@ def _open(args: argparse.Namespace, path: Path, requests: list[Request]) -> tupl
     first = tasks.resolve(requests[0], bundle.manifest, bundle.manifest.default_size)
     assert first.height and first.width
     size, options = (first.height, first.width), dict(args.option)
-    choice = choose(args.backend, args.dtype, args.device, bundle=bundle, size=size, batch=args.batch,
-                    threads=args.threads)
+    settings = PipelineConfig(args.backend, args.dtype, args.device, size, args.batch, args.threads, args.eager,
+                              not args.quiet, args.tile, options)
+    config, why = settings.chosen(bundle)
     if args.rebuild:
-        store.build_all(bundle, choice.backend, sizes=[size], batches=[args.batch], dtype=choice.dtype,
-                          device=choice.device, threads=args.threads, rebuild=True, options=options)
-    pipe = Pipeline.load(path, choice.backend, dtype=choice.dtype, device=choice.device, size=size, batch=args.batch,
-                         threads=args.threads, eager=args.eager, progress=not args.quiet, tile=args.tile,
-                         options=options)
-    return pipe, choice.why
+        store.build_all(bundle, config.backend, sizes=[size], batches=[args.batch], dtype=config.dtype,
+                        device=config.device, threads=args.threads, rebuild=True, options=options)
+    return Pipeline(bundle, config), why
 
 
 def _targets(args: argparse.Namespace, requests: list[Request]) -> list[list[Path]]:
@@ -116,7 +114,7 @@ def _report(args: argparse.Namespace, pipe: Pipeline, why: str, results: list[Re
     if args.json:
         record = {"images": [{"file": str(f), "request": r.request_of(i).to_json()}
                              for r, files in zip(results, targets, strict=True) for i, f in enumerate(files)],
-                  "grid": str(args.grid) if args.grid else None, "backend": pipe.backend, "dtype": pipe.dtype,
+                  "grid": str(args.grid) if args.grid else None, "backend": pipe.config.backend, "dtype": pipe.config.dtype,
                   "chosen": why, "seconds": {"load": pipe.load_seconds, **timings}}
         print(json.dumps(record, indent=1, ensure_ascii=False))
         return
@@ -126,7 +124,7 @@ def _report(args: argparse.Namespace, pipe: Pipeline, why: str, results: list[Re
     if args.grid:
         print(args.grid)
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in {"load": pipe.load_seconds, **timings}.items())
-    print(f"{pipe.backend} {pipe.dtype}: {stages}")
+    print(f"{pipe.config.backend} {pipe.config.dtype}: {stages}")
 
 
 if __name__ == "__main__":

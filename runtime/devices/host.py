@@ -19,6 +19,7 @@ class Host:
 
     stream = None
     captures = False
+    asynchronous = False
 
     def use(self) -> None:
         pass

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engines.bundle import FIRST, HIDDEN, PREVIOUS
-
-if TYPE_CHECKING:
-    from runtime.devices.bound import BoundEngine
+from runtime.devices.bound import BoundEngine
 
 
 class Memory:

@@ -1,60 +1,60 @@
-"""The UNet, or a ControlNet, as one engine or in parts: what depends on the text alone, on the time alone, the rest."""
+"""The denoiser, or a ControlNet, as one engine or in parts: what depends on the text alone, on the time alone, the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from engines import TIME_ROWS, Bundle
+from engines import TIME_ROWS
 from runtime.devices.bound import BoundEngine
+from runtime.lora.application import Stack
+from runtime.networks.shelf import Shelf
 
 Inputs = dict[str, np.ndarray]
 
 
-class UNet:
-    """Gives the inputs of a step that can be computed before it, and the engine of the step.
+class Denoiser:
+    """What of a step's inputs can be computed before it, and the engine of the step.
 
-    engine: the bound engine of a component, rows, height and width in pixels (0 where there are none), and tokens of
-    the text (0: of one prompt). parts: whether to run the graphs of `export.passes.hoist`, or the whole one, whose text and
-    time are what the model was given.
-    component: its name, "unet" or that of a ControlNet.
+    network: "unet", or the component of a ControlNet. stack: the LoRAs on its weights. It runs in the parts of
+    `export.passes.hoist` where the bundle has them and the backend wants them, or else whole; its text and time are
+    then what the model was given.
     """
 
-    def __init__(self, bundle: Bundle, engine: Callable[..., BoundEngine], parts: bool,
-                 component: str = "unet") -> None:
-        self._engine = engine
-        self._parts = parts
-        self._name = component
-        self._body = f"{component}_body" if parts else component
-        self._inputs = [spec.name for spec in bundle.component(self._body).inputs]
+    def __init__(self, shelf: Shelf, network: str = "unet", stack: Stack = ()) -> None:
+        self._shelf, self._name, self._stack = shelf, network, stack
+        self._parts = shelf.in_parts and f"{network}_body" in shelf.bundle.manifest.components
+        self._body = f"{network}_body" if self._parts else network
+        self._inputs = [spec.name for spec in shelf.bundle.component(self._body).inputs]
 
-    def load(self, size: tuple[int, int], rows: int) -> None:
-        """Load what `rows` rows of pictures of `size` need."""
+    def load(self, size: tuple[int, int], rows: int) -> BoundEngine:
+        """Load what `rows` rows of pictures of `size` need; returns the engine of the step."""
         if self._parts:
             self._engine(f"{self._name}_text", 2)
             self._engine(f"{self._name}_time", TIME_ROWS)
-        self.step(size, rows)
+        return self.step(size, rows)
 
     def step(self, size: tuple[int, int], rows: int, variant: str = "", *, tokens: int = 0) -> BoundEngine:
-        """The engine that reads sample, text and time, and writes noise_pred.
+        """Return the engine that reads sample, text and time, and writes noise_pred, or a ControlNet's residuals.
 
         variant: "control" for one that also adds residuals of ControlNets, "frames" for one that also attends to other
-        frames of a video (`export.families.variants`), of a UNet that has them.
+        frames of a video, of a denoiser that has them.
         """
         body = self._body.replace(self._name, f"{self._name}_{variant}", 1) if variant else self._body
-        return self._engine(body, rows, *size, tokens=tokens)
+        return self._engine(body, rows, size, tokens)
 
     def hint(self, picture: np.ndarray) -> Inputs:
-        """Of a ControlNet: what it makes of its hint, [1, …]; picture: float32 [3, height, width] in [0, 1]."""
+        """Return what a ControlNet makes of its hint, [1, …]; picture: float32 [3, height, width] in [0, 1]."""
         if not self._parts:
             return {"hint": picture[None]}
-        found = self._engine(f"{self._name}_hint", 1, *picture.shape[1:])(hint=picture[None])
+        height, width = picture.shape[1:]
+        found = self._engine(f"{self._name}_hint", 1, (height, width))(hint=picture[None])
         return {name: value.copy() for name, value in found.items()}
 
     def fixed(self, given: Inputs) -> Inputs:
-        """Inputs of the step that stay for a whole request, [2, …] each, negative prompt first; given: what the model
-        takes of text and of numbers such as sizes, [2, …] each."""
+        """Return the inputs of the step that stay for a whole request, [2, …] each, negative prompt first.
+
+        given: what the model takes of text and of numbers such as sizes, [2, …] each.
+        """
         if self._parts:
             engine = self._engine(f"{self._name}_text", 2, tokens=given["encoder_hidden_states"].shape[1])
             found = engine(**{name: given[name] for name in engine.engine.inputs})
@@ -62,7 +62,7 @@ class UNet:
         return self._wanted(given)
 
     def time(self, timesteps: np.ndarray) -> Inputs:
-        """Inputs of the step that depend on the timestep only, [n, …] each; timesteps: [n]."""
+        """Return the inputs of the step that depend on the timestep only, [n, …] each; timesteps: [n]."""
         given = {"timestep": timesteps.astype(np.float32)}
         if self._parts:
             engine, parts = self._engine(f"{self._name}_time", TIME_ROWS), []
@@ -72,6 +72,9 @@ class UNet:
                 parts.append({name: value[:len(chunk)].copy() for name, value in found.items()})
             given |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return self._wanted(given)
+
+    def _engine(self, component: str, rows: int, size: tuple[int, int] = (0, 0), tokens: int = 0) -> BoundEngine:
+        return self._shelf.engine(component, rows, size, tokens, self._stack)
 
     def _wanted(self, given: Inputs) -> Inputs:
         return {name: value for name, value in given.items() if name in self._inputs}

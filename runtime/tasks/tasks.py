@@ -20,17 +20,18 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from engines.bundle import Manifest
-from runtime.loop.denoise import Job
 from runtime.loop.frames import Memory
+from runtime.loop.job import Job
 from runtime.loop.noise import Generator
 from runtime.loop.step import initial_state
-from runtime.networks.denoiser import Inputs, UNet
+from runtime.networks.denoiser import Denoiser, Inputs
+from runtime.networks.first_stage import Encoded
 from runtime.pictures import read as pictures
 from runtime.pictures import video
 from runtime.pictures.hints import PREPROCESSORS
@@ -61,13 +62,6 @@ MASKED = ("mask", "masked_image")
 """Extra channels of the models made for inpainting."""
 
 
-class Encoded(NamedTuple):
-    """Latents of a picture as the VAE gives them: mean and standard deviation, float32 [C, h, w]."""
-
-    mean: np.ndarray
-    std: np.ndarray
-
-
 @dataclass(frozen=True)
 class Model:
     """What tasks ask of a model. encode: a picture, float32 [3, height, width] in [-1, 1], to its latents. net: an
@@ -75,9 +69,9 @@ class Model:
     """
 
     manifest: Manifest
-    unet: UNet
+    unet: Denoiser
     encode: Callable[[np.ndarray], Encoded]
-    net: Callable[[str], UNet]
+    net: Callable[[str], Denoiser]
 
 
 def task_of(request: Request, manifest: Manifest) -> str:
@@ -313,7 +307,7 @@ class _Begin:
         return Job(request, index, image, {**fixed, **rows}, time, table, noise, state, known,
                    renewed=request.blend == "before", control=control)
 
-    def hinted(self, control: Control, net: UNet, conditions: Conditions) -> Conditions:
+    def hinted(self, control: Control, net: Denoiser, conditions: Conditions) -> Conditions:
         """`conditions` of a ControlNet, and what it makes of its hint."""
         preprocess = PREPROCESSORS[control.preprocessor] if control.preprocessor else None
         hint = net.hint(pictures.hint(pictures.read(control.image, "control"), self.pixels, preprocess))
@@ -348,7 +342,7 @@ class _Begin:
         return np.broadcast_to(1 - mask, self.shape)
 
 
-def _conditions(control: Control, net: UNet, told: Inputs, table: Table) -> Conditions:
+def _conditions(control: Control, net: Denoiser, told: Inputs, table: Table) -> Conditions:
     """What a ControlNet is given beside its hint; told: what the UNet is, of the text and of numbers."""
     return Conditions(net.fixed(told), {**net.time(table.timesteps), "scale": control.scales(table.rows)})
 

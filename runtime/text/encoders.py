@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from engines.bundle import Bundle
-from runtime.devices.bound import BoundEngine
+from runtime.lora.application import Stack
 from runtime.networks.denoiser import Inputs
+from runtime.networks.shelf import Shelf
 from runtime.request.request import Request
 from runtime.text.embeddings import Embedding, load_all
 from runtime.text.prompt import emphasize
@@ -58,10 +58,11 @@ class _Prompts:
 
 
 class TextEncoders:
-    """The text encoders of a bundle. engine: the bound engine of a component and rows."""
+    """The text encoders of a bundle, on its shelf of engines."""
 
-    def __init__(self, bundle: Bundle, engine: Callable[[str, int], BoundEngine]) -> None:
-        self._engine = engine
+    def __init__(self, shelf: Shelf) -> None:
+        bundle = shelf.bundle
+        self._shelf = shelf
         self._path = bundle.path
         self._specs = bundle.manifest.text
         self._tokenizers = [PromptTokenizer(bundle.path, spec) for spec in self._specs]
@@ -73,16 +74,16 @@ class TextEncoders:
     def load(self) -> None:
         """Load every engine."""
         for spec in self._specs:
-            self._engine(spec.component, ROWS)
+            self._shelf.engine(spec.component, ROWS)
 
-    def __call__(self, requests: Sequence[Request]) -> list[Text]:
-        """The text of each request; equal chunks of all of them are encoded once.
+    def __call__(self, requests: Sequence[Request], stack: Stack = ()) -> list[Text]:
+        """Return the text of each request; equal chunks of all of them are encoded once, with the LoRAs of `stack`.
 
         A negative prompt of None is the empty one, or zeros where the model was trained with those. Raises ValueError
         for an embedding or a prompt that cannot be, before anything is computed.
         """
         prompts = [self._tokenize(request) for request in requests]
-        encoded = [self._encode(i, [own[i] for own in prompts]) for i in range(len(self._specs))]
+        encoded = [self._encode(i, [own[i] for own in prompts], stack) for i in range(len(self._specs))]
         texts = []
         for request, parts in zip(requests, zip(*encoded, strict=True), strict=True):
             states, pooled = zip(*parts, strict=True)
@@ -134,13 +135,13 @@ class TextEncoders:
                                embedding.name)
             first += embedding.count
 
-    def _encode(self, i: int, prompts: Sequence[_Prompts]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def _encode(self, i: int, prompts: Sequence[_Prompts], stack: Stack) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """States [2, chunks · length, width] of encoder `i` for each of `prompts`, and the pooled output, [2, width].
 
         The latter is the first chunk's, without weights, as in the web UI.
         """
         rows = {_key(ids, own.vectors): (ids, own.vectors) for own in prompts for prompt in own.ids for ids in prompt}
-        outputs, pooled = self._run(i, rows), self._specs[i].pooled
+        outputs, pooled = self._run(i, rows, stack), self._specs[i].pooled
         found = []
         for own in prompts:
             chunks = [[outputs[_key(ids, own.vectors)] for ids in prompt] for prompt in own.ids]
@@ -149,9 +150,10 @@ class TextEncoders:
             found.append((np.stack(states), np.stack([first[pooled] for first, *_ in chunks]) if pooled else None))
         return found
 
-    def _run(self, i: int, rows: Mapping[bytes, tuple[np.ndarray, np.ndarray]]) -> dict[bytes, dict[str, np.ndarray]]:
+    def _run(self, i: int, rows: Mapping[bytes, tuple[np.ndarray, np.ndarray]],
+             stack: Stack) -> dict[bytes, dict[str, np.ndarray]]:
         """Outputs of encoder `i`, without the batch, for each of `rows`: ids and the vectors they refer to."""
-        engine, keys = self._engine(self._specs[i].component, ROWS), list(rows)
+        engine, keys = self._shelf.engine(self._specs[i].component, ROWS, stack=stack), list(rows)
         outputs: dict[bytes, dict[str, np.ndarray]] = {}
         for start in range(0, len(keys), ROWS):
             batch = (keys[start:start + ROWS] * ROWS)[:ROWS]  # the last of an odd number takes both rows

@@ -16,13 +16,13 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from engines import Bundle
-from engines.store import store
 from export import ExportError
 from export.embedding import convert
 from export.embedding import main as convert_main
 from runtime import Pipeline, Request
 from runtime.__main__ import main
-from runtime.devices.bound import BoundEngine
+from runtime.config import PipelineConfig
+from runtime.networks.shelf import Shelf
 from runtime.text.embeddings import load, load_all
 from runtime.text.encoders import TextEncoders
 from runtime.text.prompt import LESS, MORE, emphasize, fill, parse
@@ -50,13 +50,8 @@ def model(request, checkpoints, bundles):
 def xl(checkpoints, bundles):
     """(diffusers pipeline, our text encoders) of a tiny Stable Diffusion XL."""
     bundle = Bundle.open(bundles["sdxl"])
-
-    def engine(component: str, rows: int) -> BoundEngine:
-        config = bundle.config(component, backend="onnxruntime", height=64, width=64, batch=rows)
-        return BoundEngine(store.load(bundle, component, config))
-
     reference = diffusers.StableDiffusionXLPipeline.from_pretrained(checkpoints["sdxl"], dtype=torch.float32)
-    return reference, TextEncoders(bundle, engine)
+    return reference, TextEncoders(Shelf(bundle, PipelineConfig("onnxruntime", "fp32", "cpu", (64, 64))))
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [
@@ -420,11 +415,7 @@ def test_a_bundle_from_before_textual_inversion(tmp_path):
     (bundle.path / "tokenizer").mkdir()
     words.save(str(bundle.path / "tokenizer" / "tokenizer.json"))
 
-    def engine(component: str, rows: int) -> BoundEngine:
-        return BoundEngine(store.load(bundle, component, bundle.config(
-            component, backend="onnxruntime", height=64, width=64, batch=rows)))
-
-    encode = TextEncoders(bundle, engine)
+    encode = TextEncoders(Shelf(bundle, PipelineConfig("onnxruntime", "fp32", "cpu", (64, 64))))
     assert encode([Request("a BREAK b", prompt_style="weighted")])[0].states.shape == (2, 154, 32)
     with pytest.raises(ValueError, match="an older version exported it; export it again"):
         encode([Request("a", embeddings=("f.safetensors",))])
