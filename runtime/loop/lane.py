@@ -90,6 +90,10 @@ class Lane:
         ended, self._ended = self._ended, []
         return ended + (self._slots.collect(wait=not self.active) if self._slots else [])
 
+    def rest(self) -> None:
+        """Forget the slots in use: the loop has nothing more to do, and what comes next chooses its own."""
+        self._slots = None
+
     def drop(self, error: BaseException) -> list[Job]:
         """Give up the jobs in the slots after an error in the middle of a step; returns them."""
         dropped = [job for _, job in self.active]
@@ -108,8 +112,10 @@ class Lane:
                 yield job
 
     def _open(self, jobs: Sequence[Job]) -> None:
-        """Take slots that hold all that wait while none is running."""
+        """Take slots that hold all that wait while none is running; those of before, where they do and nobody rested."""
         needed = Capacity.of(jobs)
+        if self._slots and self._slots.capacity.holds(needed):
+            return
         key = (needed.memory, needed.times, needed.nets)
         if key not in self._kept or not self._kept[key].capacity.holds(needed):
             self._kept[key] = self._make(needed, jobs)

@@ -85,6 +85,9 @@ class Loop:
     def _collect(self) -> list[Job]:
         ended, self._ended = self._ended, []
         ended += [job for lane in self._lanes.values() for job in lane.collect()]
+        if not self.busy:
+            for lane in self._lanes.values():
+                lane.rest()
         for job in ended:
             job.ended = True
         return ended
