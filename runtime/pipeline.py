@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +19,11 @@ from runtime.loop.job import Job, Place
 from runtime.loop.loop import Loop
 from runtime.networks.networks import Networks
 from runtime.networks.shelf import Shelf
-from runtime.pictures import read as pictures
-from runtime.pictures import video
+from runtime.request.plan import Plan, plan
 from runtime.request.request import Request, Step
 from runtime.request.result import Result
-from runtime.tasks.tasks import Model, blank, jobs, paste, resolve, table_of
+from runtime.request.task import blank
+from runtime.tasks import Model, jobs, paste
 from runtime.text.encoders import Text
 
 
@@ -72,20 +71,29 @@ class Pipeline:
             return self([Request(request)])[0]
         if isinstance(request, Request):
             return self([request])[0]
-        requests = [self._resolve(r) for r in request]
+        return self.draw([plan(r, self.bundle, self.config.pixels, self.config.depth_estimator) for r in request])
+
+    def draw(self, plans: Sequence[Plan]) -> list[Result]:
+        """Draw requests that `runtime.request.plan.plan` has planned for this bundle, as one batch.
+
+        Raises ValueError for a LoRA that does not fit the model, before anything is computed.
+        """
+        for planned in plans:
+            self.networks.shelf.loras.read(planned.request.loras)
         start = time.perf_counter()
         with self._lock:
-            begun = self._begin(requests)
+            begun = self._begin(plans)
         encoded = time.perf_counter()
         self._denoise(begun)
         denoised = time.perf_counter()
-        drawn = [[job for job in begun if job.request_index == i] for i in range(len(requests))]
-        images, withheld = self._finish(drawn)
+        drawn = [[job for job in begun if job.request_index == i] for i in range(len(plans))]
+        images, withheld = self._finish(plans, drawn)
         end = time.perf_counter()
         timings = {"text": encoded - start, "denoise": denoised - encoded, "decode": end - denoised,
                    "total": end - start}
-        return [Result(r, tuple(images[i]), np.stack([j.latents for j in drawn[i]]), timings,
-                       any(j.cancelled for j in drawn[i]), tuple(withheld[i])) for i, r in enumerate(requests)]
+        return [Result(planned.request, tuple(images[i]), np.stack([j.latents for j in drawn[i]]), timings,
+                       any(j.cancelled for j in drawn[i]), tuple(withheld[i]), planned.rate, planned.names)
+                for i, planned in enumerate(plans)]
 
     def encode(self, requests: Sequence[Request]) -> list[Text]:
         """Return what the text encoders make of the prompts of each request, without LoRAs.
@@ -101,18 +109,18 @@ class Pipeline:
             images = [self.networks.first_stage.decode(latent).transpose(1, 2, 0) * 0.5 + 0.5 for latent in latents]
         return np.stack(images).clip(0.0, 1.0)
 
-    def _begin(self, requests: list[Request]) -> list[Job]:
+    def _begin(self, plans: Sequence[Plan]) -> list[Job]:
         """Encode the texts, and what else the steps need, one set of LoRAs after another."""
         begun: list[Job] = []
-        for loras in dict.fromkeys(r.loras for r in requests):
+        for loras in dict.fromkeys(planned.request.loras for planned in plans):
             stack = self.networks.shelf.loras.read(loras)
-            members = [i for i, r in enumerate(requests) if r.loras == loras]
-            chosen = [requests[i] for i in members]
-            texts = self.networks.text(chosen, stack)
+            members = [i for i, planned in enumerate(plans) if planned.request.loras == loras]
+            chosen = [plans[i] for i in members]
+            texts = self.networks.text([planned.request for planned in chosen], stack)
             model = Model(self.bundle.manifest, self.networks.denoiser_of(stack), self.networks.first_stage.encode,
                           partial(self.networks.net_of, stack=stack))
             for job in jobs(chosen, [text.inputs for text in texts], model):
-                size, tokens = _size(job.request), texts[job.request_index].tokens
+                size, tokens = chosen[job.request_index].size, texts[job.request_index].tokens
                 job.place = Place(size, tokens, stack)
                 job.request_index = members[job.request_index]
                 begun.append(job)
@@ -157,7 +165,8 @@ class Pipeline:
 
         return after_step
 
-    def _finish(self, drawn: list[list[Job]]) -> tuple[list[list[Image.Image]], list[list[int]]]:
+    def _finish(self, plans: Sequence[Plan],
+                drawn: list[list[Job]]) -> tuple[list[list[Image.Image]], list[list[int]]]:
         """Decode the pictures of every request, and say which of them were withheld."""
         images: list[list[Image.Image]] = [[] for _ in drawn]
         withheld: list[list[int]] = [[] for _ in drawn]
@@ -166,7 +175,7 @@ class Pipeline:
             for job in wanted:
                 with self._lock:
                     image = self.networks.first_stage.picture(job.latents)
-                image = paste(job.request, image) if job.request.paste else image
+                image = paste(plans[job.request_index], image) if job.request.paste else image
                 checker = self.config.safety_checker
                 if checker is not None and (passed := checker(image)) is not image:
                     if passed is None:
@@ -190,41 +199,7 @@ class Pipeline:
                 bar.update()
         if denoiser.step(size, rows).device.captures:
             for _ in range(2):  # libraries set themselves up, and what repeats becomes a graph, the largest batch first
-                self._denoise(self._begin([self._resolve(blank(self.bundle.manifest, size))]))
-
-    def _resolve(self, request: Request) -> Request:
-        """Fill in size and seed, and refuse what this model cannot do."""
-        if not isinstance(request, Request):
-            raise ValueError(f"request: got {type(request).__name__}, expected a Request or a list of them")
-        manifest = self.bundle.manifest
-        if self.config.depth_estimator and "depth" in manifest.meanings and request.depth is None:
-            depth = self.config.depth_estimator(pictures.read(request.image, "image"))
-            request = dataclasses.replace(request, depth=np.asarray(depth, np.float32))
-        for control in request.control:
-            if control.name not in (attached := self.bundle.controls):
-                raise ValueError(f"control: got {control.name!r}, expected one that is attached "
-                                 f"({', '.join(attached) or 'none is'}); attach it with: python -m export CONTROLNET "
-                                 f"--into {self.bundle.path} --as {control.name}")
-            if request.frames is None:
-                pictures.read(control.image, "control")
-            else:
-                video.read(control.image, "control", limit=1)
-        request = resolve(request, manifest, self.config.pixels)
-        height, width = _size(request)
-        self.bundle.check_size(height, width)
-        table_of(request, manifest)
-        self.networks.shelf.loras.read(request.loras)
-        latent = manifest.latent
-        shape = (latent.channels, height // latent.factor, width // latent.factor)
-        if request.latents is not None and request.latents.shape[1:] != shape:
-            raise ValueError(f"latents: got {request.latents.shape[1:]} an image, expected {shape} "
-                             f"for {height}x{width}")
-        return request
+                self._denoise(self._begin([plan(blank(self.bundle.manifest, size), self.bundle, size)]))
 
     def _bar(self, total: int, desc: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=desc, unit=unit, disable=None if self.config.progress else True, leave=False)
-
-
-def _size(request: Request) -> tuple[int, int]:
-    assert request.height and request.width  # `_resolve` filled them in
-    return request.height, request.width

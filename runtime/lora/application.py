@@ -6,12 +6,9 @@ base weights are read from the bundle, so that to take a LoRA away is to write w
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,71 +18,10 @@ from engines.onnx.initializers import values
 from engines.onnx.low_rank import LowRank, constant
 from runtime.devices.bound import BoundEngine
 from runtime.lora.files import LoraFile, Pair, Weights, read_lora, weights_of
+from runtime.request.lora import Lora
 
 FILES = 8
 """Files whose contents are kept."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """One LoRA of a request.
-
-    path: a .safetensors file of diffusers, PEFT or kohya's. scale: how much of it, any finite number; text_scale: the
-    same for the text encoders, `scale` unless given. strict: refuse a file of which part fits no weight of the model;
-    without, that part is left out.
-    """
-
-    path: str
-    scale: float = 1.0
-    text_scale: float | None = None
-    strict: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.path, str | Path) or not str(self.path):
-            raise ValueError(f"lora: got {self.path!r}, expected the path of a .safetensors file")
-        object.__setattr__(self, "path", str(self.path))
-        for name in ("scale", "text_scale"):
-            value = getattr(self, name)
-            if value is None and name == "text_scale":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"lora {self.path}: {name}: got {value!r}, expected a finite number")
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"lora {self.path}: strict: got {self.strict!r}, expected True or False")
-
-    @classmethod
-    def parse(cls, text: str, strict: bool = True) -> Self:
-        """"FILE" or "FILE:SCALE", as the command line has it. Raises ValueError."""
-        path, colon, scale = text.rpartition(":")
-        try:
-            return cls(path, float(scale), strict=strict) if colon else cls(text, strict=strict)
-        except ValueError:
-            if colon and Path(text).exists():
-                return cls(text, strict=strict)
-            raise ValueError(f"lora: got {text!r}, expected FILE or FILE:SCALE, as style.safetensors:0.7") from None
-
-    def to_json(self) -> dict[str, Any]:
-        """Every field that is not the default."""
-        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`. Raises ValueError for unknown keys."""
-        if unknown := set(data) - {f.name for f in dataclasses.fields(cls)}:
-            raise ValueError(f"lora: got unknown options {sorted(unknown)}, expected path, scale, text_scale, strict")
-        return cls(**data)
-
-    def scale_of(self, model: str) -> float:
-        """For "unet" or the name of a text encoder."""
-        return self.scale if model == "unet" or self.text_scale is None else self.text_scale
-
-
-def as_loras(value: Any) -> tuple[Lora, ...]:
-    """From a list of LoRAs, paths, or what `Lora.to_json` gives. Raises ValueError for anything else."""
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"loras: got {value!r}, expected a list of them, as [Lora('style.safetensors', 0.7)]")
-    return tuple(lora if isinstance(lora, Lora) else Lora.from_json(lora) if isinstance(lora, Mapping) else Lora(lora)
-                 for lora in value)
 
 
 Stack = tuple[tuple[Lora, LoraFile], ...]

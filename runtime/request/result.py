@@ -17,8 +17,9 @@ class Result:
 
     request: as it was run, with size and seed filled in. images: PIL, empty for output="latent" or when cancelled.
     latents: float32 [count, C, h, w] before decoding. timings: seconds in "text", "denoise", "decode" and "total" of
-    the call, which its requests share. cancelled: on_step returned False. withheld: images that the
-    safety checker kept back, which are black.
+    the call, which its requests share. cancelled: on_step returned False. withheld: images that the safety checker kept
+    back, which are black. rate, names: of a video, frames a second, and the names of the pictures in its folder if it
+    came from one, as `runtime.pictures.video.write` takes them.
     """
 
     request: Request
@@ -27,6 +28,8 @@ class Result:
     timings: dict[str, float]
     cancelled: bool = False
     withheld: tuple[int, ...] = ()
+    rate: float | None = None
+    names: tuple[str, ...] = ()
 
     def request_of(self, image: int) -> Request:
         """Return the request that makes just this image again, or the whole video that it is a frame of."""

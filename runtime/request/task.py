@@ -1,0 +1,91 @@
+"""The task of a request: which one its pictures say, and whether that task and the model have all its options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engines.bundle import Manifest
+from runtime.request.option import defaults_of, given, options_of
+from runtime.request.request import Request
+
+NEEDS = {name: one.tasks or () for name, one in options_of(Request).items() if one.needed}
+"""Option that holds a picture → the tasks that need it, and no other takes."""
+
+SAID_BY = {"frames": "video", "mask": "inpaint", "image": "image-to-image"}
+"""Option that holds a picture → the task that a request with it wants, the first that it has."""
+
+
+def filled(manifest: Manifest) -> frozenset[str]:
+    """The fields of conditions of this model: options of a request whose numbers the denoiser is given."""
+    sizes = {0: (), 6: ("original_size", "crop", "target_size"), 5: ("original_size", "crop", "aesthetic_score")}
+    return frozenset((*sizes[manifest.time_ids], *(("noise_level",) if "upscale" in manifest.tasks else ())))
+
+
+def takes_mask(manifest: Manifest) -> bool:
+    """Whether the denoiser is given the mask itself."""
+    return "mask" in manifest.meanings
+
+
+def task_of(request: Request, manifest: Manifest) -> str:
+    """The task of a request: the model's only one, or the one whose pictures it brings.
+
+    Raises ValueError where one is missing, or an option is given that this task or this model does not have.
+    """
+    task = _asked_for(request, manifest)
+    values = given(request)
+    for name, tasks in NEEDS.items():
+        if task in tasks and name not in values:
+            raise ValueError(f"{name}: got none, expected one, for this model does {task}; pass {name}=…")
+    for name, tasks in NEEDS.items():
+        if task not in tasks and name in values:
+            raise ValueError(f"{name}: got one, but {task} takes none; leave it out, or use a model that does "
+                             f"{' or '.join(tasks)}")
+    fields = filled(manifest)
+    for name, declared in options_of(request).items():
+        if name in values and not (declared.fits(task, values[name])
+                                   and (not declared.condition or declared.condition in fields)):
+            raise ValueError(declared.refusal.format(name=name, value=_shown(values[name]), task=task,
+                                                     family=manifest.family))
+    if task == "inpaint" and request.blend != "current" and takes_mask(manifest):
+        raise ValueError(f"blend: got {request.blend!r} for a model that takes the mask itself, expected none; "
+                         "leave it out")
+    return task
+
+
+def _asked_for(request: Request, manifest: Manifest) -> str:
+    tasks = manifest.tasks
+    wanted = next((task for name, task in SAID_BY.items() if name in given(request)), "text-to-image")
+    task = wanted if wanted in tasks else tasks[0]
+    if wanted == "video" != task:
+        raise ValueError(f"frames: got a video, expected none: this {manifest.family} model does {', '.join(tasks)}; "
+                         "use one that starts from latents alone, exported by this version")
+    if request.task == "invert" and request.output != "latent":
+        raise ValueError(f"output: got {request.output!r} for a picture to invert, expected 'latent': what comes "
+                         "of it is noise, to be passed on as latents=…")
+    if request.task is not None and request.task not in tasks:
+        raise ValueError(f"task: got {request.task!r}, expected one of {', '.join(tasks)}, which is what this "
+                         f"{manifest.family} model does; use a model that does {request.task}")
+    return request.task or task
+
+
+def blank(manifest: Manifest, size: tuple[int, int]) -> Request:
+    """A short request that the model can honour, of pictures of nothing. size: (height, width) in pixels."""
+    grey = np.linspace(0, 1, size[0] * size[1], dtype=np.float32).reshape(size)
+    task = manifest.tasks[0]
+    options: dict[str, Any] = {name: grey if name == "depth" else np.stack([grey] * 3, axis=2)
+                               for name, tasks in NEEDS.items() if task in tasks}
+    if options_of(Request)["strength"].fits(task, 1.0):
+        options["strength"] = 1.0
+    return Request("", height=size[0], width=size[1], steps=4, seed=0, **options)
+
+
+def without_default(name: str) -> Any:
+    """What a request that says nothing of option `name` is given: its fallback, or its default."""
+    declared = options_of(Request)[name]
+    return declared.fallback if declared.fallback is not None else defaults_of(Request)[name]
+
+
+def _shown(value: Any) -> str:
+    return f"an array {value.shape}" if isinstance(value, np.ndarray) else repr(value)

@@ -1,0 +1,138 @@
+"""How the images of a plan start: what the tasks have in common.
+
+Noise is drawn in the order in which diffusers draws it: that of a low-resolution picture, of the picture's latents, of
+the start, of the masked picture's latents. A task draws from one generator an image, in the order of its lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from engines.bundle import Manifest
+from runtime.loop.job import Job
+from runtime.loop.noise import Generator
+from runtime.loop.step import initial_state
+from runtime.networks.denoiser import Denoiser, Inputs
+from runtime.networks.first_stage import Encoded
+from runtime.pictures import read as pictures
+from runtime.pictures.hints import PREPROCESSORS
+from runtime.request.control import Conditions, Control
+from runtime.request.plan import Plan
+from runtime.request.request import Request
+from runtime.request.task import filled, without_default
+from runtime.schedulers import Table
+from runtime.tasks.model import Model
+
+
+class Shared:
+    """What all images of a plan are given: computed once, and handed to a job for each.
+
+    text: inputs of the denoiser that follow from the text, [2, …] each, negative prompt first.
+    """
+
+    def __init__(self, plan: Plan, model: Model, text: Inputs) -> None:
+        told = {**text, **numbers(plan.request, model.manifest)}
+        times = plan.table.timesteps
+        self._plan = plan
+        self._fixed, self._time = model.denoiser.fixed(told), model.denoiser.time(times)
+        self._nets = {control.name: model.net(control.name) for control in plan.request.control}
+        self._control = {
+            control.name: Conditions(net.fixed(told), {**net.time(times), "scale": control.scales(plan.table.rows)})
+            for control, net in zip(plan.request.control, self._nets.values(), strict=True)}
+        self._hints: dict[tuple[str, int], Inputs] = {}
+
+    def job(self, image: int, noise: Generator, state: np.ndarray, channels: Mapping[str, np.ndarray] | None = None, *,
+            table: Table | None = None, **more: Any) -> Job:
+        """The job of image number `image`, which begins with `state`.
+
+        channels: what is joined to the sample, by input, the same with and without the negative prompt. table: another
+        than the plan's. more: other fields of the job.
+        """
+        rows = {name: np.broadcast_to(value, (2, *value.shape)) for name, value in (channels or {}).items()}
+        return Job(self._plan.request, 0, image, {**self._fixed, **rows}, self._time, table or self._plan.table, noise,
+                   state, control=self._controlled(image), **more)
+
+    def _controlled(self, image: int) -> dict[str, Conditions]:
+        """What the ControlNets read for an image, by their names, with what they make of its hints."""
+        found = {}
+        for control, hints in zip(self._plan.request.control, self._plan.hints, strict=True):
+            key = (control.name, image % len(hints))
+            if key not in self._hints:
+                self._hints[key] = _hint(control, self._nets[control.name], hints[key[1]], self._plan.size)
+            shared = self._control[control.name]
+            found[control.name] = Conditions({**shared.fixed, **self._hints[key]}, shared.time)
+        return found
+
+
+def generator(plan: Plan, image: int) -> Generator:
+    """The noise of image number `image`."""
+    return Generator(plan.seed + image)
+
+
+def first_noise(plan: Plan, noise: Generator, image: int) -> np.ndarray:
+    """Unit-variance noise that an image starts with, float32 [C, h, w]: drawn, unless the request brings it."""
+    return noise.randn(plan.shape) if plan.request.latents is None else plan.request.latents[image]
+
+
+def pixels(plan: Plan) -> np.ndarray:
+    """The plan's picture as float32 [3, height, width] in [-1, 1]."""
+    assert isinstance(plan.image, Image.Image)
+    return pictures.pixels(plan.image, plan.size)
+
+
+def start_of(plan: Plan, model: Model) -> Encoded | np.ndarray:
+    """The latents that a plan begins with: of its picture, or those that were given, [count, C, h, w]."""
+    return plan.image if isinstance(plan.image, np.ndarray) else model.encode(pixels(plan))
+
+
+def sample(plan: Plan, encoded: Encoded | np.ndarray, noise: Generator, image: int) -> np.ndarray:
+    """Latents of image number `image`, float32 [C, h, w], drawn if it wants a sample of what the first stage gives."""
+    if isinstance(encoded, np.ndarray):
+        return encoded[image]
+    if plan.request.encoding == "mean" or (plan.request.encoding is None and plan.task == "invert"):
+        return encoded.mean
+    return encoded.mean + encoded.std * noise.randn(plan.shape)
+
+
+def level_of(table: Table) -> tuple[np.float32, np.float32]:
+    """signal and sigma where a table begins: x = signal · x0 + sigma · noise."""
+    return np.float32(table.signal[0]), np.float32(table.sigma[0])
+
+
+def noised(plan: Plan, x0: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The state that begins with latents `x0` at the level where the run begins, or as they are if they have it."""
+    state = initial_state(plan.table, first)
+    signal, sigma = level_of(plan.table)
+    state[0] = x0 if plan.request.denoising_start is not None else signal * x0 + sigma * first
+    return state
+
+
+def numbers(request: Request, manifest: Manifest) -> Inputs:
+    """What else the networks take that is the same all through a request: labels and sizes, [2, …] each."""
+    found: Inputs = {}
+    if request.noise_level is not None:
+        found["class_labels"] = np.full(2, request.noise_level, np.int64)
+    if manifest.time_ids:
+        size = request.height, request.width
+        start = [*(request.original_size or size), *(request.crop or without_default("crop"))]
+        ends: tuple[Any, Any] = (request.target_size or size,) * 2
+        if "aesthetic_score" in filled(manifest):
+            ends = [_score(request, "negative_aesthetic_score")], [_score(request, "aesthetic_score")]
+        found["time_ids"] = np.array([[*start, *end] for end in ends], np.float32)
+    return found
+
+
+def _score(request: Request, name: str) -> float:
+    value = vars(request)[name]
+    return without_default(name) if value is None else value
+
+
+def _hint(control: Control, net: Denoiser, picture: Image.Image, size: tuple[int, int]) -> Inputs:
+    """What a ControlNet makes of a hint, [2, …] each."""
+    preprocess = PREPROCESSORS[control.preprocessor] if control.preprocessor else None
+    made = net.hint(pictures.hint(picture, size, preprocess))
+    return {name: np.broadcast_to(value, (2, *value.shape[1:])) for name, value in made.items()}
