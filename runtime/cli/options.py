@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.cli.options import picture_size
 from runtime.config import PipelineConfig
-from runtime.request.option import Option, defaults_of, options_of
+from runtime.request.option import Option, options_of, unset
 from runtime.request.request import PICTURE, XL, Request
 
 EXAMPLES = """\
@@ -51,7 +51,7 @@ def add_declared(groups: Mapping[str, Any], cls: Any) -> None:
     """Add the declared options of a dataclass that have a flag, to the parser or group of their heading."""
     for name, declared in options_of(cls).items():
         if declared.flag:
-            groups[declared.group].add_argument(declared.flag, dest=name, **_argument(declared, defaults_of(cls)[name]))
+            groups[declared.group].add_argument(declared.flag, dest=name, **_argument(declared, unset(cls, name)))
 
 
 def _add_to_requests(groups: Mapping[str, Any]) -> None:
@@ -77,29 +77,17 @@ def _add_files(group: Any) -> None:
     group.add_argument("--json", action="store_true", help="print files, requests and timings as JSON")
 
 
-def _argument(declared: Option, default: Any) -> dict[str, Any]:
+def _argument(declared: Option, unset: str) -> dict[str, Any]:
     """What argparse is told of an option."""
-    check, words = declared.check, f"{declared.help}{_default(declared, default)}"
-    if declared.repeats:
-        words += "; may be given again"
+    check, words = declared.check, declared.help + ("; may be given again" if declared.repeats else "")
+    if unset:
+        words += f" (default: {unset})" if declared.unset else f" (default {unset})"
     if check.boolean:
         return {"action": "store_const", "const": True, "help": words}
     shared = {"help": words, "action": "append" if declared.repeats else "store"}
     if check.choices:
         return {**shared, "choices": check.choices}
     return {**shared, "metavar": declared.metavar or check.metavar, "type": _shown(check.parse)}
-
-
-def _default(declared: Option, default: Any) -> str:
-    """The words that say what happens without an option."""
-    value = declared.fallback if default is None else default
-    if declared.unset:
-        return f" (default: {declared.unset})"
-    if value is None or isinstance(value, bool) or value == ():
-        return ""
-    if isinstance(value, float):
-        return f" (default {value:g})"
-    return f" (default {','.join(map(str, value)) if isinstance(value, tuple) else value})"
 
 
 def _shown(parse: Callable[[str], Any]) -> Callable[[str], Any]:

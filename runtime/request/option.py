@@ -88,6 +88,17 @@ def defaults_of(cls: Any) -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not MISSING}
 
 
+def unset(cls: Any, name: str) -> str:
+    """What happens where an option is not given, in words; "" where that goes without saying."""
+    declared, default = options_of(cls)[name], defaults_of(cls).get(name)
+    value = declared.fallback if default is None else default
+    if declared.unset or value is None or isinstance(value, bool) or value == ():
+        return declared.unset
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def check_options(instance: Any, prefix: str = "") -> None:
     """Check and normalise every field of a frozen dataclass; None passes where it is the default.
 
