@@ -48,7 +48,7 @@ def draw(args: argparse.Namespace) -> str:
 
 
 def _begun(args: argparse.Namespace, requests: Sequence[Request]) -> list[Request]:
-    """What is left of the requests for the refiner, which goes on with the latents of the base model."""
+    """Draw with the base model, and return the requests that let the refiner go on with its latents."""
     ends = [HANDOVER if r.denoising_end is None else r.denoising_end for r in requests]
     _, _, halves = _drawn(args, args.bundle, [dataclasses.replace(r, output="latent", denoising_end=end)
                                               for r, end in zip(requests, ends, strict=True)])
@@ -59,7 +59,7 @@ def _begun(args: argparse.Namespace, requests: Sequence[Request]) -> list[Reques
 
 def _drawn(args: argparse.Namespace, path: str | Path,
            requests: Sequence[Request]) -> tuple[Pipeline, str, list[Result]]:
-    """The pipeline of a bundle, why it has the engine that it has, and what it draws."""
+    """Return the pipeline of a bundle, why it has its engine, and what it draws."""
     bundle = Bundle.open(path)
     plans = [plan(request, bundle, bundle.manifest.default_size) for request in requests]
     config, why = _config(args, plans[0].size).chosen(bundle)

@@ -1,4 +1,4 @@
-"""The files that a command line writes: their names, and what goes into them."""
+"""The files that a command line writes: their names and their contents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.request.result import Result
 
 
 def targets_of(args: argparse.Namespace, requests: Sequence[Request]) -> list[list[Path]]:
-    """The file of every image of every request; names are numbered when there are several.
+    """Return the file of every image of every request; names are numbered when there are several.
 
     Raises FileExistsError for a file that exists without --force, ValueError for an ending that is not written: before
     any work.
@@ -38,8 +38,8 @@ def write(result: Result, files: Sequence[Path], about: Mapping[str, Any], force
     """
     is_video = result.request.frames is not None
     if files[0].suffix == LATENTS:
-        each = [result.latents] if is_video else [latents[None] for latents in result.latents]
-        for latents, file in zip(each, files, strict=False):
+        arrays = [result.latents] if is_video else [latents[None] for latents in result.latents]
+        for latents, file in zip(arrays, files, strict=False):
             images.save_latents(latents, file, force=force)
     elif is_video and result.images:
         assert result.rate
@@ -51,7 +51,7 @@ def write(result: Result, files: Sequence[Path], about: Mapping[str, Any], force
 
 
 def _default(request: Request) -> Path:
-    """A name in the working directory; of a video in the form that it came in, where that can be written."""
+    """Return a name in the working directory, for a video in the form that it came in where that can be written."""
     if request.frames is None:
         return Path("latentrt.png")
     ending = Path(request.frames).suffix.lower()

@@ -26,7 +26,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line, whose values are None where an option is not given."""
+    """Return the parser of the command line, whose values are None where an option is not given."""
     command = argparse.ArgumentParser(
         prog="python -m runtime", description="Draw pictures from prompts with an exported bundle.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,7 +55,7 @@ def add_declared(groups: Mapping[str, Any], cls: Any) -> None:
 
 
 def _add_to_requests(groups: Mapping[str, Any]) -> None:
-    """Options that stand for several of a request, or for another one's value."""
+    """Add options that stand for several of a request, or for the value of another."""
     groups[""].add_argument("--loose-loras", action="store_true", help="leave out those parts of a LoRA that fit no "
                             "weight of the model")
     groups[""].add_argument("--size", type=picture_size, metavar="HxW", help="pixels, height first (default: the "
@@ -78,7 +78,7 @@ def _add_files(group: Any) -> None:
 
 
 def _argument(declared: Option, unset: str) -> dict[str, Any]:
-    """What argparse is told of an option."""
+    """Return what argparse is told of an option."""
     check, words = declared.check, declared.help + ("; may be given again" if declared.repeats else "")
     if unset:
         words += f" (default: {unset})" if declared.unset else f" (default {unset})"
@@ -91,7 +91,7 @@ def _argument(declared: Option, unset: str) -> dict[str, Any]:
 
 
 def _shown(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` as argparse wants it: its ValueError is shown, unless argparse has better words for it."""
+    """Return `parse` as argparse wants it: its ValueError is shown, unless argparse has better words for it."""
     if parse in (int, float, str):
         return parse
 

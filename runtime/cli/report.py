@@ -1,4 +1,4 @@
-"""What a command line prints when its pictures are written."""
+"""The report that a command line prints when its pictures are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.request.result import Result
 
 def report(args: argparse.Namespace, pipe: Pipeline, why: str, results: Sequence[Result],
            targets: Sequence[Sequence[Path]]) -> str:
-    """The files with their seeds, the engine and the seconds, as text or JSON. why: the reason for the engine."""
+    """Return the files with their seeds, the engine and the seconds, as text or JSON. why: the engine's reason."""
     seconds = {"load": pipe.load_seconds, **results[0].timings}
     written = [(file, result.request_of(i)) for result, files in zip(results, targets, strict=True)
                for i, file in enumerate(files)]

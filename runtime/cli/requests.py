@@ -17,7 +17,7 @@ LATENTS = ".npy"
 
 
 def requests_of(args: argparse.Namespace) -> list[Request]:
-    """The requests that the options describe; `--from` gives the start that the other options change.
+    """Return the requests that the options describe; `--from` gives the start that the other options change.
 
     Raises ValueError for a value that cannot be, or a file that holds no request or no latents.
     """
@@ -33,7 +33,7 @@ def requests_of(args: argparse.Namespace) -> list[Request]:
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
-    """Name → value of the options of a request that the command line gives, the prompts apart."""
+    """Return the values, by name, of the options of a request that the command line gives, the prompts apart."""
     words = vars(args)
     changes = {name: words[name] for name, declared in options_of(Request).items()
                if declared.flag and words[name] is not None}

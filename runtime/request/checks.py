@@ -1,4 +1,4 @@
-"""What the values of options may be. A check raises ValueError with got, expected and what to do."""
+"""Checks of the values of options, which raise ValueError with got, expected and what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engines.cli.options import picture_size
 
 @dataclass(frozen=True)
 class Check:
-    """What the values of an option may be, and how the command line writes them.
+    """A rule for the values of an option, and for the words that stand for them on the command line.
 
     accept: (name, value) to the value as it is kept. Raises ValueError, naming the option. parse: a word of the command
     line to a value. metavar: stands for such a word in a help text. choices: all words there are, () for any. boolean:
@@ -35,7 +35,7 @@ class Check:
 
 
 def text(metavar: str = "TEXT") -> Check:
-    """Any string."""
+    """Accept any string."""
     def accept(name: str, value: object) -> object:
         if not isinstance(value, str):
             hint = "; pass a list of Requests for several prompts" if isinstance(value, (list, tuple)) else ""
@@ -46,7 +46,7 @@ def text(metavar: str = "TEXT") -> Check:
 
 
 def short_name(example: str) -> Check:
-    """A string that names something, as `example` does."""
+    """Accept a string that names something, as `example` does."""
     def accept(name: str, value: object) -> object:
         if not isinstance(value, str):
             raise ValueError(f"{name}: got {value!r}, expected a name such as {example!r}, or None")
@@ -56,7 +56,7 @@ def short_name(example: str) -> Check:
 
 
 def choice(*among: str) -> Check:
-    """One of a few strings."""
+    """Accept one of a few strings."""
     def accept(name: str, value: object) -> object:
         if value not in among:
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(among)}")
@@ -66,7 +66,7 @@ def choice(*among: str) -> Check:
 
 
 def whole(low: int, high: int | None = None) -> Check:
-    """A whole number from `low` to `high`, or of any height."""
+    """Accept a whole number from `low` to `high`, None for no upper limit."""
     span = f"of at least {low}" if high is None else f"from {low} to {high}"
 
     def accept(name: str, value: Any) -> int:
@@ -79,7 +79,7 @@ def whole(low: int, high: int | None = None) -> Check:
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Check:
-    """A finite number from `low` to `high`."""
+    """Accept a finite number from `low` to `high`."""
     span = "a finite number" if math.isinf(low) else f"a number of at least {low:g}" if math.isinf(high) \
         else f"a number from {low:g} to {high:g}"
 
@@ -93,7 +93,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Check:
 
 
 def boolean() -> Check:
-    """True or False."""
+    """Accept True or False."""
     def accept(name: str, value: object) -> object:
         if not isinstance(value, bool):
             raise ValueError(f"{name}: got {value!r}, expected True or False")
@@ -103,7 +103,7 @@ def boolean() -> Check:
 
 
 def pair(low: int, parse: Callable[[str], Any] = picture_size, metavar: str = "HxW") -> Check:
-    """Two whole numbers of at least `low`, the vertical one first; kept as a tuple."""
+    """Accept two whole numbers of at least `low`, the vertical one first; they are kept as a tuple."""
     def accept(name: str, value: Any) -> tuple[int, int]:
         if not isinstance(value, (tuple, list)) or len(value) != 2:
             raise ValueError(f"{name}: got {value!r}, expected two whole numbers, the vertical one first")
@@ -115,7 +115,7 @@ def pair(low: int, parse: Callable[[str], Any] = picture_size, metavar: str = "H
 
 
 def corner(text: str) -> tuple[int, int]:
-    """TOP,LEFT to (top, left), in pixels. Raises ValueError."""
+    """Return (top, left) of TOP,LEFT, in pixels. Raises ValueError."""
     top, comma, left = text.partition(",")
     if not (comma and top.isdigit() and left.isdigit()):
         raise ValueError(f"got {text!r}, expected TOP,LEFT in pixels such as 0,128")
@@ -123,7 +123,7 @@ def corner(text: str) -> tuple[int, int]:
 
 
 def timesteps() -> Check:
-    """Whole numbers, each below the one before it; kept as a tuple."""
+    """Accept whole numbers, each below the one before it; they are kept as a tuple."""
     def accept(name: str, value: Any) -> tuple[int, ...]:
         try:
             steps = tuple(int(t) for t in value)
@@ -137,7 +137,7 @@ def timesteps() -> Check:
 
 
 def embeddings() -> Check:
-    """A list of FILE or NAME=FILE, strings or paths; kept as a tuple of strings."""
+    """Accept a list of FILE or NAME=FILE, strings or paths; they are kept as a tuple of strings."""
     def accept(name: str, value: Any) -> tuple[str, ...]:
         if isinstance(value, (str, Path)) or not all(isinstance(file, (str, Path)) for file in value):
             raise ValueError(f"{name}: got {value!r}, expected a list of FILE or NAME=FILE")
@@ -147,7 +147,7 @@ def embeddings() -> Check:
 
 
 def picture() -> Check:
-    """The path of a picture, a PIL image or an array."""
+    """Accept the path of a picture, a PIL image or an array."""
     return Check(_picture, metavar="FILE")
 
 
@@ -158,7 +158,7 @@ def _picture(name: str, value: Any) -> Any:
 
 
 def video() -> Check:
-    """A picture, or a list of them."""
+    """Accept a picture, or a list of them."""
     def accept(name: str, value: Any) -> Any:
         for frame in value if isinstance(value, (list, tuple)) else [value]:
             _picture(name, frame)
@@ -168,12 +168,12 @@ def video() -> Check:
 
 
 def array() -> Check:
-    """Numbers; kept as float32."""
+    """Accept numbers; they are kept as float32."""
     return Check(lambda name, value: np.asarray(value, np.float32), metavar="FILE.npy")
 
 
 def function(of: str) -> Check:
-    """Something that can be called with `of`."""
+    """Accept what can be called; of: what it is called with, in words."""
     def accept(name: str, value: object) -> object:
         if not callable(value):
             raise ValueError(f"{name}: got {value!r}, expected a function of {of}")
@@ -183,7 +183,7 @@ def function(of: str) -> Check:
 
 
 def latents(name: str, value: Any, count: int) -> np.ndarray:
-    """Latents [C, h, w], or as many as `count`, as float32 [count, C, h, w]. Raises ValueError."""
+    """Return latents [C, h, w], or as many as `count`, as float32 [count, C, h, w]. Raises ValueError."""
     array = np.asarray(value, np.float32)
     if array.ndim == 3:
         array = np.broadcast_to(array, (count, *array.shape))

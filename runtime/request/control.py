@@ -1,4 +1,4 @@
-"""ControlNets (Zhang et al., 2023, arXiv 2302.05543): what a request asks of them, and what they are given for it."""
+"""ControlNets (Zhang et al., 2023, arXiv 2302.05543) that a request asks for, and the inputs that they are given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.pictures.hints import PREPROCESSORS
 from runtime.request.checks import Check, choice, number, video
-from runtime.request.option import check_options, file, option, options_of, stored
+from runtime.request.option import check_options, option, options_of, origin, stored
 
 
 def _name(name: str, value: object) -> object:
@@ -30,7 +30,7 @@ class Control:
 
     name: str = option(MISSING, Check(_name, metavar="NAME"), "that it was attached under")
     image: Any = option(MISSING, Check(_hint, metavar="FILE"), "its hint, a picture, RGB, resized to the size that is "
-                        "drawn; for a video also one of its own", compare=False, repr=False, store=file)
+                        "drawn; for a video also one of its own", compare=False, repr=False, store=origin)
     scale: float = option(1.0, number(-1000.0, 1000.0), "what its residuals are multiplied by")
     start: float = option(0.0, number(0.0, 1.0), "share of the steps from which on it is used")
     end: float = option(1.0, number(0.0, 1.0), "share of the steps until which it is used")
@@ -47,7 +47,7 @@ class Control:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """"NAME=FILE", "NAME=FILE:SCALE" or either with ",KEY=VALUE" after it, as the command line has it.
+        """Return what "NAME=FILE", "NAME=FILE:SCALE" or either with ",KEY=VALUE" after it means on the command line.
 
         Keys: scale, start, end, preprocessor. Raises ValueError.
         """
@@ -68,7 +68,7 @@ class Control:
         return cls(name, file, **values)
 
     def scales(self, steps: int) -> np.ndarray:
-        """float32 [steps], what the residuals are multiplied by at every one: 0 where it is not used.
+        """Return what the residuals are multiplied by at every step, float32 [steps]: 0 where the net is not used.
 
         Step i of n is used where start <= i / n and (i + 1) / n <= end, the rule of diffusers' pipelines.
         """
@@ -76,13 +76,13 @@ class Control:
         return np.float32(self.scale) * np.array(used, np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        """Every option; of an image given by hand, true."""
+        """Return every option; true for an image given by hand."""
         return stored(self, defaults=True)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a ControlNet reads for one request, by input name, beside the sample.
+    """The inputs of a ControlNet for one request, by name, beside the sample.
 
     fixed: inputs that stay for all steps, [2, …], negative prompt first. time: inputs that depend on the step, float32
     [rows of the table, …]; "scale" is one of them.
@@ -93,10 +93,10 @@ class Conditions:
 
 
 def _controls(name: str, value: Any) -> tuple[Control, ...]:
-    given = (value,) if isinstance(value, Control) else value
-    if not isinstance(given, (list, tuple)):
+    listed = (value,) if isinstance(value, Control) else value
+    if not isinstance(listed, (list, tuple)):
         raise ValueError(f"{name}: got {type(value).__name__}, expected a Control or a list of them")
-    controls = tuple(Control(**member) if isinstance(member, Mapping) else member for member in given)
+    controls = tuple(Control(**member) if isinstance(member, Mapping) else member for member in listed)
     for control in controls:
         if not isinstance(control, Control):
             raise ValueError(f"{name}: got a {type(control).__name__} in the list, expected a Control")

@@ -32,7 +32,7 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str, strict: bool = True) -> Self:
-        """"FILE" or "FILE:SCALE", as the command line has it. Raises ValueError."""
+        """Return what "FILE" or "FILE:SCALE" means on the command line. Raises ValueError."""
         path, colon, scale = text.rpartition(":")
         try:
             return cls(path, float(scale), strict=strict) if colon else cls(text, strict=strict)
@@ -42,18 +42,18 @@ class Lora:
             raise ValueError(f"lora: got {text!r}, expected FILE or FILE:SCALE, as style.safetensors:0.7") from None
 
     def to_json(self) -> dict[str, Any]:
-        """Every option that is not the default."""
+        """Return every option that is not the default."""
         return stored(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`. Raises ValueError for unknown keys."""
+        """Return the LoRA of `to_json`. Raises ValueError for unknown keys."""
         if unknown := set(data) - set(options_of(cls)):
             raise ValueError(f"lora: got unknown options {sorted(unknown)}, expected {', '.join(options_of(cls))}")
         return cls(**data)
 
     def scale_of(self, model: str) -> float:
-        """The scale for "unet" or the name of a text encoder."""
+        """Return the scale for "unet" or the name of a text encoder."""
         return self.scale if model == "unet" or self.text_scale is None else self.text_scale
 
 

@@ -25,23 +25,23 @@ REFUSAL = "{name}: got {value}, which {task} with this {family} model does not h
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it: tuples become lists."""
+    """Return a value as JSON holds it: tuples become lists."""
     return list(value) if isinstance(value, tuple) else value
 
 
-def file(value: Any) -> Any:
-    """The file that a picture comes from; True for one that was given by hand, which is not stored."""
+def origin(value: Any) -> Any:
+    """Return the file that a picture comes from; True for a picture given by hand, which is not stored."""
     return str(value) if isinstance(value, (str, Path)) else True
 
 
-def each(value: Any) -> Any:
-    """A list of the members' own JSON."""
+def members(value: Any) -> Any:
+    """Return the JSON of every member."""
     return [member.to_json() for member in value]
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is declared of one option beside its name, type and default.
+    """The declaration of an option, beside its name, type and default.
 
     check: what its values may be. help: one line, for the command line and the documentation. flag: its name on the
     command line, "" where it has none; metavar: the word that follows the flag, "" for the one that `check` has;
@@ -69,27 +69,27 @@ class Option:
     store: Callable[[Any], Any] | None = plain
 
     def fits(self, task: str, value: Any) -> bool:
-        """Whether `task` has the option, with that value."""
+        """Return whether `task` has the option, with that value."""
         return (self.tasks is None or task in self.tasks) and (task not in self.only or value in self.only[task])
 
 
 def option(default: Any, check: Check, help: str, *, compare: bool = True, repr: bool = True, **declared: Any) -> Any:
-    """A field of a dataclass with its `Option`; default: dataclasses.MISSING where there is none."""
+    """Declare a field of a dataclass with its `Option`; default: dataclasses.MISSING where there is none."""
     return field(default=default, compare=compare, repr=repr, metadata={"option": Option(check, help, **declared)})
 
 
 def options_of(cls: Any) -> dict[str, Option]:
-    """Name → option of a dataclass or an instance, in the order of its fields."""
+    """Return the options of a dataclass or an instance by name, in the order of its fields."""
     return {f.name: f.metadata["option"] for f in dataclasses.fields(cls)}
 
 
 def defaults_of(cls: Any) -> dict[str, Any]:
-    """Name → default of a dataclass or an instance, where there is one."""
+    """Return the defaults of a dataclass or an instance by name, of the fields that have one."""
     return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not MISSING}
 
 
 def unset(cls: Any, name: str) -> str:
-    """What happens where an option is not given, in words; "" where that goes without saying."""
+    """Return in words what happens where an option is not given; "" where that goes without saying."""
     declared, default = options_of(cls)[name], defaults_of(cls).get(name)
     value = declared.fallback if default is None else default
     if declared.unset or value is None or isinstance(value, bool) or value == ():
@@ -109,19 +109,19 @@ def check_options(instance: Any, prefix: str = "") -> None:
             object.__setattr__(instance, name, declared.check(prefix + name, value))
 
 
-def given(instance: Any) -> dict[str, Any]:
-    """Name → value of every option that has another value than its default."""
+def changed(instance: Any) -> dict[str, Any]:
+    """Return the values, by name, of the options that have another value than their default."""
     return {name: value for name, _, value, default in _fields(instance) if _differs(value, default)}
 
 
 def stored(instance: Any, defaults: bool = False) -> dict[str, Any]:
-    """Name → JSON of every option that is stored and has another value than its default; defaults: those too."""
+    """Return the JSON, by name, of the options that are stored and changed; defaults: of those unchanged, too."""
     return {name: declared.store(value) for name, declared, value, default in _fields(instance)
             if declared.store and (defaults or _differs(value, default))}
 
 
 def _fields(instance: Any) -> Iterator[tuple[str, Option, Any, Any]]:
-    """Name, option, value and default of every field."""
+    """Yield name, option, value and default of every field."""
     for f in dataclasses.fields(instance):
         yield f.name, f.metadata["option"], getattr(instance, f.name), f.default
 

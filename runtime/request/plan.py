@@ -1,4 +1,4 @@
-"""A plan: all of a request that can be known before anything is computed, each picture of it read once."""
+"""A plan holds all of a request that can be known before anything is computed; each of its pictures is read once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtime.request import checks
 from runtime.request.control import Control
 from runtime.request.request import PARTLY, Request
 from runtime.request.sampler import table_of
-from runtime.request.task import filled, takes_mask, task_of, without_default
+from runtime.request.task import filled, takes_mask, task_of, value_without
 from runtime.schedulers import Table
 
 T = TypeVar("T")
@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a request does with one model.
+    """The work that a request is for one model.
 
     request: with size, seed and the task's defaults filled in. task: of `runtime.request.request.TASKS`. table: the
     rows of the sampler that every image of it runs. size: (height, width) in pixels. shape: [C, h, w] of the latents.
-    Where the task has them: image, to begin with, or latents in its place, float32 [count, C, h, w]. mask. depth:
-    float32 [1, h, w] from -1 to 1. clip: the frames of a video. hints: for each of the request's ControlNets its
-    pictures, one for all images, or one a frame.
+    image: the picture to begin with, or latents in its place, float32 [count, C, h, w]. depth: float32 [1, h, w] from
+    -1 to 1. clip: the frames of a video. image, mask, depth and clip are None where the task has none. hints: for each
+    of the request's ControlNets its pictures, one for all images, or one a frame.
     """
 
     request: Request
@@ -51,27 +51,27 @@ class Plan:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent, along each side."""
+        """Return the pixels a latent, along each side."""
         return self.size[0] // self.shape[1]
 
     @property
     def count(self) -> int:
-        """Images that are drawn, a video's frames among them."""
+        """Return how many images are drawn, or frames of a video."""
         return len(self.clip.frames) if self.clip else self.request.count
 
     @property
     def rate(self) -> float | None:
-        """Frames a second of a video."""
+        """Return the frames a second of a video."""
         return self.clip.rate if self.clip else None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the pictures in the folder that a video came from."""
+        """Return the names of the pictures in the folder that a video came from."""
         return self.clip.names if self.clip else ()
 
     @property
     def seed(self) -> int:
-        """Image i is drawn with the noise of seed + i."""
+        """Return the seed; image i is drawn with the noise of seed + i."""
         assert self.request.seed is not None  # `plan` filled it in
         return self.request.seed
 
@@ -114,12 +114,12 @@ def plan(request: Request, bundle: Bundle, size: tuple[int, int],
 
 
 def _filled(request: Request, task: str, manifest: Manifest, size: tuple[int, int]) -> Request:
-    """The request with size, seed and the defaults of its task."""
+    """Return the request with size, seed and the defaults of its task."""
     options: dict[str, Any] = {
         "height": request.height or size[0], "width": request.width or size[1],
         "seed": secrets.randbelow(2**32) if request.seed is None else request.seed}
     if task == "upscale":
-        level = without_default("noise_level") if request.noise_level is None else request.noise_level
+        level = value_without("noise_level") if request.noise_level is None else request.noise_level
         if level > manifest.max_noise_level:
             raise ValueError(f"noise_level: got {level}, expected at most {manifest.max_noise_level}")
         options["noise_level"] = level
@@ -130,7 +130,7 @@ def _filled(request: Request, task: str, manifest: Manifest, size: tuple[int, in
 
 
 def _size(first: Image.Image | np.ndarray, task: str, manifest: Manifest) -> tuple[int, int]:
-    """(height, width) in pixels of what is drawn of a picture: its own, rounded down to what fits."""
+    """Return (height, width) in pixels of what is drawn of a picture: its own size, rounded down to what fits."""
     latent = manifest.latent
     if isinstance(first, np.ndarray):
         return first.shape[-2] * latent.factor, first.shape[-1] * latent.factor
@@ -140,7 +140,7 @@ def _size(first: Image.Image | np.ndarray, task: str, manifest: Manifest) -> tup
 
 
 def _image(request: Request, task: str, manifest: Manifest, read: _Pictures) -> Image.Image | np.ndarray:
-    """What a request begins with: a picture, or latents, float32 [count, C, h, w].
+    """Return the picture that a request begins with, or latents, float32 [count, C, h, w].
 
     A picture it must be where pixels are needed: to be enlarged, to be masked for the denoiser, or to be pasted.
     """

@@ -1,4 +1,4 @@
-"""What a user asks for: one frozen dataclass, each of whose options is declared once and checked when it is made."""
+"""A request: one frozen dataclass, each of whose options is declared once and checked when it is made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.request import checks
 from runtime.request.checks import boolean, choice, number, pair, picture, short_name, text, whole
 from runtime.request.control import CONTROLS, Control
 from runtime.request.lora import LORAS, Lora
-from runtime.request.option import check_options, each, file, option, options_of, stored
+from runtime.request.option import check_options, members, option, options_of, origin, stored
 from runtime.schedulers import names
 from runtime.text.prompt import parse
 
@@ -35,7 +35,7 @@ MASKED = "blend, paste: got them for {task}, expected them with a picture and a 
 
 @dataclass(frozen=True)
 class Step:
-    """What `Request.on_step` is called with after every evaluation of the denoiser for one image.
+    """The state of one image, which `Request.on_step` is called with after every evaluation of the denoiser.
 
     image: index within the request. step: evaluations done, of `steps`. latents: float32 [C, h, w], the sampler's
     state; a view, copy it to keep it. preview(): the latents decoded as they are, a PIL image (costs a VAE decode).
@@ -91,10 +91,10 @@ class Request:
     count: int = option(1, whole(1, 10_000), "images per prompt", flag="--count", tasks=NOT_VIDEO, refusal="{name}: "
                         "got {value} for a video, expected 1; draw another one with another seed")
     latents: np.ndarray | None = option(None, checks.array(), "start from these latents in place of noise",
-                                        flag="--latents", compare=False, tasks=FROM_NOISE, store=file)
+                                        flag="--latents", compare=False, tasks=FROM_NOISE, store=origin)
     """Of unit variance, float32 [C, h, w], or [count, C, h, w] for each of `count` images."""
     loras: tuple[Lora, ...] = option((), LORAS, "a LoRA in .safetensors, as style.safetensors:0.7", flag="--lora",
-                                     repeats=True, store=each)
+                                     repeats=True, store=members)
     output: str = option("image", choice("image", "latent"), "latent: stop before decoding")
     on_step: Callable[[Step], bool | None] | None = option(
         None, checks.function("one Step"), "called after every evaluation; returning False cancels the request",
@@ -105,14 +105,14 @@ class Request:
     image: Any = option(
         None, picture(), "begin with this picture, of its own size unless --size says another; FILE.npy are latents",
         flag="--image", group=PICTURE, compare=False, tasks=("image-to-image", "inpaint", "depth-to-image", "upscale",
-                                                             "invert"), needed=True, store=file)
+                                                             "invert"), needed=True, store=origin)
     """Or float32 latents [C, h, w], one for each of `count` if there are four dimensions."""
     strength: float | None = option(
         None, number(0.0, 1.0), "0 to 1: how much of the picture is drawn anew, the share of the steps that are run",
         flag="--strength", metavar="S", group=PICTURE, unset="0.8; 1 for models made for inpainting; 0.3 for Stable "
         "Diffusion XL", tasks=PARTLY)
     mask: Any = option(None, picture(), "paint only where this picture is white", flag="--mask", group=PICTURE,
-                       compare=False, tasks=("inpaint",), needed=True, store=file)
+                       compare=False, tasks=("inpaint",), needed=True, store=origin)
     blend: str = option(
         "current", choice("current", "next", "before"), "how models without a mask of their own keep the rest of the "
         "picture: noised as after the last step, as before the next, or anew before every step", flag="--blend",
@@ -124,7 +124,7 @@ class Request:
         None, choice("sample", "mean"), "begin with a sample of the picture's latents, or their mean",
         flag="--encoding", group=PICTURE, unset="sample; mean to invert", tasks=(*PARTLY, "invert"))
     depth: Any = option(None, picture(), "depth map, for models that take one", flag="--depth", group=PICTURE,
-                        compare=False, tasks=("depth-to-image",), needed=True, store=file)
+                        compare=False, tasks=("depth-to-image",), needed=True, store=origin)
     """Of every pixel, in any unit, as a picture or [H, W] array; larger is nearer."""
     noise_level: int | None = option(
         None, whole(0, 1000), "noise in the picture that is enlarged; higher invents more", flag="--noise-level",
@@ -132,7 +132,7 @@ class Request:
     frames: Any = option(
         None, checks.video(), "draw every frame of this video anew: a folder of pictures, a GIF, an MP4; hints of "
         "ControlNets may be videos too. -o says what is written: FILE.mp4, FILE.gif, or a folder", flag="--frames",
-        group=PICTURE, compare=False, tasks=("video",), needed=True, store=file)
+        group=PICTURE, compare=False, tasks=("video",), needed=True, store=origin)
     """What `runtime.pictures.video.read` takes. Each frame attends to the first and to the one before; frame i uses
     seed + i."""
     every: int = option(1, whole(1, 10_000), "take every N-th frame only", flag="--every", group=PICTURE,
@@ -142,7 +142,7 @@ class Request:
     control: tuple[Control, ...] = option(
         (), CONTROLS, "a ControlNet that is attached to the bundle, and its hint, as canny=edges.png:0.8; keys: start "
         "and end, the share of the steps that it is used in; preprocessor=canny for the edges of FILE",
-        flag="--control", group=PICTURE, repeats=True, store=each)
+        flag="--control", group=PICTURE, repeats=True, store=members)
 
     original_size: tuple[int, int] | None = option(
         None, pair(1), "of the picture that this is like", flag="--original-size", group=XL, unset="its own",
@@ -178,21 +178,22 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether the model also runs on the negative prompt (diffusers' rule: guidance above 1)."""
+        """Return whether the model also runs on the negative prompt (diffusers' rule: guidance above 1)."""
         return self.guidance > 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Every option that JSON can hold and is not the default; of pictures and latents given by hand, true."""
+        """Return every option that JSON can hold and is not the default; true for what was given by hand."""
         return stored(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`. Raises ValueError for unknown keys, and for what was given by hand."""
-        declared = {name: one for name, one in options_of(cls).items() if one.store}
+        """Return the request of `to_json`. Raises ValueError for unknown keys, and for what was given by hand."""
+        declared = {name: declaration for name, declaration in options_of(cls).items() if declaration.store}
         if unknown := set(data) - set(declared):
             raise ValueError(f"request: got unknown options {sorted(unknown)}, expected some of {sorted(declared)}")
-        by_hand = [name for name, one in declared.items() if one.store is file and data.get(name) is True]
-        by_hand += [f"control {one['name']}" for one in data.get("control", ()) if one.get("image") is True]
+        by_hand = [name for name, declaration in declared.items()
+                   if declaration.store is origin and data.get(name) is True]
+        by_hand += [f"control {net['name']}" for net in data.get("control", ()) if net.get("image") is True]
         if by_hand:
             raise ValueError(f"request: its {' and '.join(by_hand)} were given by hand, which are not stored; "
                              "pass the same ones through the Python interface to repeat it")

@@ -1,4 +1,4 @@
-"""What a request gives."""
+"""The result of a request."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class Result:
         if self.request.frames is not None:
             return self.request
         latents = None if self.request.latents is None else self.request.latents[image]
-        given = self.request.image
-        if isinstance(given, np.ndarray) and given.ndim == 4:  # latents, one for each image
-            given = given[image]
+        begun_with = self.request.image
+        if isinstance(begun_with, np.ndarray) and begun_with.ndim == 4:  # latents, one for each image
+            begun_with = begun_with[image]
         assert self.request.seed is not None
-        return dataclasses.replace(self.request, seed=self.request.seed + image, count=1, latents=latents, image=given)
+        return dataclasses.replace(self.request, seed=self.request.seed + image, count=1, latents=latents,
+                                   image=begun_with)

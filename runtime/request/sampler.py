@@ -10,7 +10,7 @@ from runtime.schedulers import Table, inversion_table, make_table
 
 
 def table_of(request: Request, task: str, config: Mapping[str, Any]) -> Table:
-    """The rows of the solver that a request runs, whose strength is filled in where its task has one.
+    """Return the rows of the solver that a request runs, whose strength is filled in where its task has one.
 
     config: the checkpoint's scheduler_config, whose solver is taken unless the request names another. Raises ValueError
     for a solver or steps that cannot be, or where none is left of them.

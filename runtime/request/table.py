@@ -17,11 +17,12 @@ BEGIN, END = "<!-- options: `python -m runtime.request.table` writes this -->", 
 
 
 def table() -> str:
-    """The options that every task has, and a table with a row for each of the others, as Markdown."""
+    """Return the options that every task has, and a table with a row for each of the others, as Markdown."""
     options = options_of(Request)
-    everywhere = [name for name, one in options.items() if not (one.tasks or one.only or one.condition)]
-    rows = [[_named(name, one), *(_cell(one, task) for task in TASKS), unset(Request, name)]
-            for name, one in options.items() if name not in everywhere]
+    everywhere = [name for name, declared in options.items()
+                  if not (declared.tasks or declared.only or declared.condition)]
+    rows = [[_named(name, declared), *(_cell(declared, task) for task in TASKS), unset(Request, name)]
+            for name, declared in options.items() if name not in everywhere]
     lines = [["option", *TASKS, "where it is not given"], ["---", *[":-:"] * len(TASKS), "---"], *rows]
     return "\n".join([
         _paragraph(f"Every task has {', '.join(f'`{name}`' for name in everywhere)}. The others:"), "",

@@ -7,34 +7,34 @@ from typing import Any
 import numpy as np
 
 from engines.bundle import Manifest
-from runtime.request.option import defaults_of, given, options_of
+from runtime.request.option import changed, defaults_of, options_of
 from runtime.request.request import Request
 
-NEEDS = {name: one.tasks or () for name, one in options_of(Request).items() if one.needed}
-"""Option that holds a picture → the tasks that need it, and no other takes."""
+NEEDS = {name: declared.tasks or () for name, declared in options_of(Request).items() if declared.needed}
+"""The tasks that need a picture, by the name of its option; no other task takes it."""
 
 SAID_BY = {"frames": "video", "mask": "inpaint", "image": "image-to-image"}
-"""Option that holds a picture → the task that a request with it wants, the first that it has."""
+"""The task that a request wants by the first of these pictures that it has."""
 
 
 def filled(manifest: Manifest) -> frozenset[str]:
-    """The fields of conditions of this model: options of a request whose numbers the denoiser is given."""
+    """Return the options of a request whose numbers the denoiser of this model is given."""
     sizes = {0: (), 6: ("original_size", "crop", "target_size"), 5: ("original_size", "crop", "aesthetic_score")}
     return frozenset((*sizes[manifest.time_ids], *(("noise_level",) if "upscale" in manifest.tasks else ())))
 
 
 def takes_mask(manifest: Manifest) -> bool:
-    """Whether the denoiser is given the mask itself."""
+    """Return whether the denoiser is given the mask itself."""
     return "mask" in manifest.meanings
 
 
 def task_of(request: Request, manifest: Manifest) -> str:
-    """The task of a request: the model's only one, or the one whose pictures it brings.
+    """Return the task of a request: the only one of the model, or the one whose pictures the request brings.
 
     Raises ValueError where one is missing, or an option is given that this task or this model does not have.
     """
     task = _asked_for(request, manifest)
-    values = given(request)
+    values = changed(request)
     for name, tasks in NEEDS.items():
         if task in tasks and name not in values:
             raise ValueError(f"{name}: got none, expected one, for this model does {task}; pass {name}=…")
@@ -56,7 +56,7 @@ def task_of(request: Request, manifest: Manifest) -> str:
 
 def _asked_for(request: Request, manifest: Manifest) -> str:
     tasks = manifest.tasks
-    wanted = next((task for name, task in SAID_BY.items() if name in given(request)), "text-to-image")
+    wanted = next((task for name, task in SAID_BY.items() if name in changed(request)), "text-to-image")
     task = wanted if wanted in tasks else tasks[0]
     if wanted == "video" != task:
         raise ValueError(f"frames: got a video, expected none: this {manifest.family} model does {', '.join(tasks)}; "
@@ -71,7 +71,7 @@ def _asked_for(request: Request, manifest: Manifest) -> str:
 
 
 def blank(manifest: Manifest, size: tuple[int, int]) -> Request:
-    """A short request that the model can honour, of pictures of nothing. size: (height, width) in pixels."""
+    """Return a short request that the model can honour, with empty pictures. size: (height, width) in pixels."""
     grey = np.linspace(0, 1, size[0] * size[1], dtype=np.float32).reshape(size)
     task = manifest.tasks[0]
     options: dict[str, Any] = {name: grey if name == "depth" else np.stack([grey] * 3, axis=2)
@@ -81,8 +81,8 @@ def blank(manifest: Manifest, size: tuple[int, int]) -> Request:
     return Request("", height=size[0], width=size[1], steps=4, seed=0, **options)
 
 
-def without_default(name: str) -> Any:
-    """What a request that says nothing of option `name` is given: its fallback, or its default."""
+def value_without(name: str) -> Any:
+    """Return the value of an option for a request that leaves it out: its fallback, or its default."""
     declared = options_of(Request)[name]
     return declared.fallback if declared.fallback is not None else defaults_of(Request)[name]
 

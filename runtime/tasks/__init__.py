@@ -1,4 +1,4 @@
-"""Tasks: how the latents of an image start, what is blended in after a step, what else the denoiser is given.
+"""Tasks decide how the latents of an image start, what is blended in after a step, what else the denoiser is given.
 
 A manifest says which of them its model does. Each is a file with `begin`, which turns a plan into jobs.
 """
@@ -20,7 +20,7 @@ __all__ = ["TASKS", "Model", "jobs", "paste"]
 
 
 def jobs(plans: Sequence[Plan], texts: Sequence[Inputs], model: Model) -> Iterator[Job]:
-    """The jobs of all images of `plans`; texts[i]: inputs of the denoiser that follow from the text, [2, …] each."""
+    """Yield the jobs of all images of `plans`; texts[i]: inputs of the denoiser that follow from it, [2, …]."""
     for index, (plan, text) in enumerate(zip(plans, texts, strict=True)):
         for job in TASKS[plan.task].begin(plan, model, text):
             job.request_index = index

@@ -12,7 +12,7 @@ from runtime.tasks.start import Shared, first_noise, generator, noised, sample, 
 
 
 def begin(plan: Plan, model: Model, text: Inputs) -> Iterator[Job]:
-    """The jobs of a plan's images; text: inputs of the denoiser that follow from it, [2, …] each."""
+    """Yield the jobs of a plan's images; text: inputs of the denoiser that follow from it, [2, …] each."""
     shared, start = Shared(plan, model, text), start_of(plan, model)
     for image in range(plan.count):
         noise = generator(plan, image)

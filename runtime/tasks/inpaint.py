@@ -22,19 +22,19 @@ from runtime.tasks.start import Shared, first_noise, generator, level_of, noised
 
 
 def begin(plan: Plan, model: Model, text: Inputs) -> Iterator[Job]:
-    """The jobs of a plan's images; text: inputs of the denoiser that follow from it, [2, …] each."""
+    """Yield the jobs of a plan's images; text: inputs of the denoiser that follow from it, [2, …] each."""
     return (_with_channels if takes_mask(model.manifest) else _by_blending)(plan, model, text)
 
 
 def paste(plan: Plan, image: Image.Image) -> Image.Image:
-    """The picture drawn, with the pixels of the plan's picture where its mask is black."""
+    """Return the picture drawn, with the pixels of the plan's picture where its mask is black."""
     assert isinstance(plan.image, Image.Image) and plan.mask is not None
     return Image.composite(image, plan.image.convert("RGB").resize(image.size, Image.Resampling.LANCZOS),
                            plan.mask.convert("L").resize(image.size, Image.Resampling.LANCZOS))
 
 
 def _with_channels(plan: Plan, model: Model, text: Inputs) -> Iterator[Job]:
-    """Jobs that start from noise alone unless strength is below 1."""
+    """Yield jobs that start from noise alone unless strength is below 1."""
     shared, picture = Shared(plan, model, text), pixels(plan)
     assert plan.mask is not None
     mask = pictures.hard_mask(plan.mask, plan.size)
@@ -52,7 +52,7 @@ def _with_channels(plan: Plan, model: Model, text: Inputs) -> Iterator[Job]:
 
 
 def _by_blending(plan: Plan, model: Model, text: Inputs) -> Iterator[Job]:
-    """Jobs with the picture to blend in: at the level of the last step, of the next one, or with noise of its own."""
+    """Yield jobs with the picture to blend in, at the level of the last step or of the next, or with new noise."""
     request, shared, start = plan.request, Shared(plan, model, text), start_of(plan, model)
     keep, (signal, sigma) = _keep(plan), level_of(plan.table)
     table = plan.table if request.blend == "current" else plan.table.following()
@@ -74,7 +74,7 @@ def _by_blending(plan: Plan, model: Model, text: Inputs) -> Iterator[Job]:
 
 
 def _keep(plan: Plan) -> np.ndarray:
-    """What stays of the picture, float32 [C, h, w]: 1 where its mask is black."""
+    """Return the share of the picture that stays, float32 [C, h, w]: 1 where its mask is black."""
     assert plan.mask is not None
     if plan.request.blend == "next":
         mask = pictures.hard_mask(plan.mask, plan.size)[::plan.factor, ::plan.factor]

@@ -1,4 +1,4 @@
-"""What tasks ask of a model: its manifest, its networks, and the latents of pictures."""
+"""The model as tasks see it: its manifest, its networks, and the latents of pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.networks.first_stage import Encoded
 
 @dataclass(frozen=True)
 class Model:
-    """What tasks ask of a model.
+    """The parts of a model that tasks use.
 
     encode: a picture, float32 [3, height, width] in [-1, 1], to its latents. net: an attached ControlNet by its name.
     """

@@ -1,4 +1,4 @@
-"""How the images of a plan start: what the tasks have in common.
+"""The start of a plan's images, as far as the tasks have it in common.
 
 Noise is drawn in the order in which diffusers draws it: that of a low-resolution picture, of the picture's latents, of
 the start, of the masked picture's latents. A task draws from one generator an image, in the order of its lines.
@@ -23,13 +23,13 @@ from runtime.pictures.hints import PREPROCESSORS
 from runtime.request.control import Conditions, Control
 from runtime.request.plan import Plan
 from runtime.request.request import Request
-from runtime.request.task import filled, without_default
+from runtime.request.task import filled, value_without
 from runtime.schedulers import Table
 from runtime.tasks.model import Model
 
 
 class Shared:
-    """What all images of a plan are given: computed once, and handed to a job for each.
+    """The inputs that all images of a plan share: they are computed once, and handed to the job of each.
 
     text: inputs of the denoiser that follow from the text, [2, …] each, negative prompt first.
     """
@@ -47,7 +47,7 @@ class Shared:
 
     def job(self, image: int, noise: Generator, state: np.ndarray, channels: Mapping[str, np.ndarray] | None = None, *,
             table: Table | None = None, **more: Any) -> Job:
-        """The job of image number `image`, which begins with `state`.
+        """Return the job of image number `image`, which begins with `state`.
 
         channels: what is joined to the sample, by input, the same with and without the negative prompt. table: another
         than the plan's. more: other fields of the job.
@@ -57,40 +57,40 @@ class Shared:
                    state, control=self._controlled(image), **more)
 
     def _controlled(self, image: int) -> dict[str, Conditions]:
-        """What the ControlNets read for an image, by their names, with what they make of its hints."""
-        found = {}
+        """Return the inputs of the ControlNets for an image, by their names, with those made of its hints."""
+        conditions = {}
         for control, hints in zip(self._plan.request.control, self._plan.hints, strict=True):
             key = (control.name, image % len(hints))
             if key not in self._hints:
                 self._hints[key] = _hint(control, self._nets[control.name], hints[key[1]], self._plan.size)
             shared = self._control[control.name]
-            found[control.name] = Conditions({**shared.fixed, **self._hints[key]}, shared.time)
-        return found
+            conditions[control.name] = Conditions({**shared.fixed, **self._hints[key]}, shared.time)
+        return conditions
 
 
 def generator(plan: Plan, image: int) -> Generator:
-    """The noise of image number `image`."""
+    """Return the noise of image number `image`."""
     return Generator(plan.seed + image)
 
 
 def first_noise(plan: Plan, noise: Generator, image: int) -> np.ndarray:
-    """Unit-variance noise that an image starts with, float32 [C, h, w]: drawn, unless the request brings it."""
+    """Return the unit-variance noise of an image, float32 [C, h, w]: drawn, unless the request brings it."""
     return noise.randn(plan.shape) if plan.request.latents is None else plan.request.latents[image]
 
 
 def pixels(plan: Plan) -> np.ndarray:
-    """The plan's picture as float32 [3, height, width] in [-1, 1]."""
+    """Return the plan's picture as float32 [3, height, width] in [-1, 1]."""
     assert isinstance(plan.image, Image.Image)
     return pictures.pixels(plan.image, plan.size)
 
 
 def start_of(plan: Plan, model: Model) -> Encoded | np.ndarray:
-    """The latents that a plan begins with: of its picture, or those that were given, [count, C, h, w]."""
+    """Return the latents that a plan begins with: of its picture, or those that were given, [count, C, h, w]."""
     return plan.image if isinstance(plan.image, np.ndarray) else model.encode(pixels(plan))
 
 
 def sample(plan: Plan, encoded: Encoded | np.ndarray, noise: Generator, image: int) -> np.ndarray:
-    """Latents of image number `image`, float32 [C, h, w], drawn if it wants a sample of what the first stage gives."""
+    """Return the latents of image number `image`, float32 [C, h, w]; a sample of them is drawn with `noise`."""
     if isinstance(encoded, np.ndarray):
         return encoded[image]
     if plan.request.encoding == "mean" or (plan.request.encoding is None and plan.task == "invert"):
@@ -99,12 +99,12 @@ def sample(plan: Plan, encoded: Encoded | np.ndarray, noise: Generator, image: i
 
 
 def level_of(table: Table) -> tuple[np.float32, np.float32]:
-    """signal and sigma where a table begins: x = signal · x0 + sigma · noise."""
+    """Return signal and sigma where a table begins: x = signal · x0 + sigma · noise."""
     return np.float32(table.signal[0]), np.float32(table.sigma[0])
 
 
 def noised(plan: Plan, x0: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The state that begins with latents `x0` at the level where the run begins, or as they are if they have it."""
+    """Return the state that begins with latents `x0`, noised to the level of the first row unless they have it."""
     state = initial_state(plan.table, first)
     signal, sigma = level_of(plan.table)
     state[0] = x0 if plan.request.denoising_start is not None else signal * x0 + sigma * first
@@ -112,27 +112,27 @@ def noised(plan: Plan, x0: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 
 def numbers(request: Request, manifest: Manifest) -> Inputs:
-    """What else the networks take that is the same all through a request: labels and sizes, [2, …] each."""
-    found: Inputs = {}
+    """Return the labels and sizes that the networks take all through a request, by input, [2, …] each."""
+    inputs: Inputs = {}
     if request.noise_level is not None:
-        found["class_labels"] = np.full(2, request.noise_level, np.int64)
+        inputs["class_labels"] = np.full(2, request.noise_level, np.int64)
     if manifest.time_ids:
         size = request.height, request.width
-        start = [*(request.original_size or size), *(request.crop or without_default("crop"))]
+        start = [*(request.original_size or size), *(request.crop or value_without("crop"))]
         ends: tuple[Any, Any] = (request.target_size or size,) * 2
         if "aesthetic_score" in filled(manifest):
             ends = [_score(request, "negative_aesthetic_score")], [_score(request, "aesthetic_score")]
-        found["time_ids"] = np.array([[*start, *end] for end in ends], np.float32)
-    return found
+        inputs["time_ids"] = np.array([[*start, *end] for end in ends], np.float32)
+    return inputs
 
 
 def _score(request: Request, name: str) -> float:
     value = vars(request)[name]
-    return without_default(name) if value is None else value
+    return value_without(name) if value is None else value
 
 
 def _hint(control: Control, net: Denoiser, picture: Image.Image, size: tuple[int, int]) -> Inputs:
-    """What a ControlNet makes of a hint, [2, …] each."""
+    """Return the inputs that a ControlNet makes of a hint, [2, …] each."""
     preprocess = PREPROCESSORS[control.preprocessor] if control.preprocessor else None
     made = net.hint(pictures.hint(picture, size, preprocess))
     return {name: np.broadcast_to(value, (2, *value.shape[1:])) for name, value in made.items()}

@@ -18,7 +18,7 @@ from runtime.tasks.start import Shared, first_noise, generator
 
 
 def begin(plan: Plan, model: Model, text: Inputs) -> Iterator[Job]:
-    """The jobs of a plan's images; text: inputs of the denoiser that follow from it, [2, …] each."""
+    """Yield the jobs of a plan's images; text: inputs of the denoiser that follow from it, [2, …] each."""
     shared, level = Shared(plan, model, text), plan.request.noise_level
     assert model.manifest.low_res_scheduler and level is not None and isinstance(plan.image, Image.Image)
     signal, sigma = signal_and_sigma(model.manifest.low_res_scheduler, level)

@@ -14,7 +14,7 @@ from runtime.tasks.start import Shared, first_noise, generator, noised, sample
 
 
 def begin(plan: Plan, model: Model, text: Inputs) -> Iterator[Job]:
-    """The jobs of a plan's frames; text: inputs of the denoiser that follow from it, [2, …] each."""
+    """Yield the jobs of a plan's frames; text: inputs of the denoiser that follow from it, [2, …] each."""
     shared, memory, before = Shared(plan, model, text), Memory(plan.table.rows), None
     assert plan.clip
     for image, frame in enumerate(plan.clip.frames):

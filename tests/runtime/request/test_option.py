@@ -15,7 +15,7 @@ from runtime.config import PipelineConfig
 from runtime.request import checks
 from runtime.request.control import Control
 from runtime.request.lora import Lora
-from runtime.request.option import check_options, file, given, option, options_of, stored, unset
+from runtime.request.option import changed, check_options, option, options_of, origin, stored, unset
 from runtime.request.request import TASKS, Request
 from runtime.tasks import TASKS as FILES
 
@@ -28,7 +28,7 @@ class Toy:
     count: int = option(1, checks.whole(1, 9), "how many", fallback=3)
     share: float | None = option(None, checks.number(0.0, 1.0), "how much", fallback=0.5)
     size: tuple[int, int] | None = option(None, checks.pair(1), "height and width", unset="its own")
-    picture: Any = option(None, checks.picture(), "to look at", compare=False, store=file)
+    picture: Any = option(None, checks.picture(), "to look at", compare=False, store=origin)
     secret: bool = option(False, checks.boolean(), "never stored", store=None)
 
     def __post_init__(self) -> None:
@@ -56,9 +56,9 @@ def test_what_cannot_be_names_the_option(options, message):
 
 
 def test_what_is_given_and_what_is_stored():
-    assert given(Toy("a")) == {"name": "a"}
+    assert changed(Toy("a")) == {"name": "a"}
     toy = Toy("a", 2, size=(3, 4), picture=Path("x.png"), secret=True)
-    assert given(toy) == {"name": "a", "count": 2, "size": (3, 4), "picture": Path("x.png"), "secret": True}
+    assert changed(toy) == {"name": "a", "count": 2, "size": (3, 4), "picture": Path("x.png"), "secret": True}
     assert stored(toy) == {"name": "a", "count": 2, "size": [3, 4], "picture": "x.png"}
     assert stored(Toy("a", picture=np.zeros((2, 2)))) == {"name": "a", "picture": True}
     assert stored(Toy("a"), defaults=True)["count"] == 1 and "secret" not in stored(Toy("a"), defaults=True)
