@@ -135,7 +135,7 @@ class TextEncoders:
             first += embedding.count
 
     def _encode(self, i: int, prompts: Sequence[_Prompts], stack: Stack) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Return the output of encoder `i` for `prompts`: states [2, chunks · length, width] and pooled [2, width] each.
+        """Return what encoder `i` gives for each prompt: states [2, chunks · length, width], and pooled [2, width].
 
         The latter is the first chunk's, without weights, as in the web UI.
         """
