@@ -21,7 +21,7 @@ from runtime.request import checks
 from runtime.request.control import Control
 from runtime.request.request import PARTLY, Request
 from runtime.request.sampler import table_of
-from runtime.request.task import filled, takes_mask, task_of, value_without
+from runtime.request.task import fields_of, takes_mask, task_of, value_without
 from runtime.schedulers import Table
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ def _filled(request: Request, task: str, manifest: Manifest, size: tuple[int, in
         options["noise_level"] = level
     elif task in PARTLY and request.strength is None:  # the defaults of diffusers' pipelines
         anew = task == "inpaint" and (takes_mask(manifest) or request.blend == "next")
-        options["strength"] = 1.0 if anew else 0.3 if "original_size" in filled(manifest) else 0.8
+        options["strength"] = 1.0 if anew else 0.3 if "original_size" in fields_of(manifest) else 0.8
     return dataclasses.replace(request, **options)
 
 

@@ -17,7 +17,7 @@ SAID_BY = {"frames": "video", "mask": "inpaint", "image": "image-to-image"}
 """The task that a request wants by the first of these pictures that it has."""
 
 
-def filled(manifest: Manifest) -> frozenset[str]:
+def fields_of(manifest: Manifest) -> frozenset[str]:
     """Return the options of a request whose numbers the denoiser of this model is given."""
     sizes = {0: (), 6: ("original_size", "crop", "target_size"), 5: ("original_size", "crop", "aesthetic_score")}
     return frozenset((*sizes[manifest.time_ids], *(("noise_level",) if "upscale" in manifest.tasks else ())))
@@ -42,7 +42,7 @@ def task_of(request: Request, manifest: Manifest) -> str:
         if task not in tasks and name in values:
             raise ValueError(f"{name}: got one, but {task} takes none; leave it out, or use a model that does "
                              f"{' or '.join(tasks)}")
-    fields = filled(manifest)
+    fields = fields_of(manifest)
     for name, declared in options_of(request).items():
         if name in values and not (declared.fits(task, values[name])
                                    and (not declared.condition or declared.condition in fields)):

@@ -23,7 +23,7 @@ from runtime.pictures.hints import PREPROCESSORS
 from runtime.request.control import Conditions, Control
 from runtime.request.plan import Plan
 from runtime.request.request import Request
-from runtime.request.task import filled, value_without
+from runtime.request.task import fields_of, value_without
 from runtime.schedulers import Table
 from runtime.tasks.model import Model
 
@@ -120,7 +120,7 @@ def numbers(request: Request, manifest: Manifest) -> Inputs:
         size = request.height, request.width
         start = [*(request.original_size or size), *(request.crop or value_without("crop"))]
         ends: tuple[Any, Any] = (request.target_size or size,) * 2
-        if "aesthetic_score" in filled(manifest):
+        if "aesthetic_score" in fields_of(manifest):
             ends = [_score(request, "negative_aesthetic_score")], [_score(request, "aesthetic_score")]
         inputs["time_ids"] = np.array([[*start, *end] for end in ends], np.float32)
     return inputs

@@ -179,7 +179,11 @@ def test_command_line(controlled, tmp_path, capsys, monkeypatch):
     asked = ["--frames", str(tmp_path / "in.mp4"), "--every", "2", "--steps", "3", "--seed", "1", "--control",
              f"edge-net={tmp_path / 'in.mp4'}:0.5"]
     monkeypatch.chdir(tmp_path)
-    assert main([str(controlled), "a cat", *engine, *asked]) == 0
+    reads, read = [], video.read
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "read", lambda value, *more: reads.append(value) or read(value, *more))
+        assert main([str(controlled), "a cat", *engine, *asked]) == 0
+    assert reads == [str(tmp_path / "in.mp4")], "frames, hints, rate and names are of one reading"
     out = video.read("latentrt.mp4", "frames")
     assert len(out.frames) == 2 and out.rate == pytest.approx(5) and out.frames[0].size == SIZE[::-1]
     assert main([str(controlled), *engine, "--from", "latentrt.mp4", "-o", "once"]) == 0
