@@ -13,11 +13,9 @@ from engines import Bundle
 from engines.store import store
 from runtime.cli.files import targets_of, write
 from runtime.cli.report import report
-from runtime.cli.requests import requests_of
-from runtime.config import PipelineConfig
+from runtime.cli.requests import requests_of, settings_of
 from runtime.pictures import save as images
 from runtime.pipeline import Pipeline
-from runtime.request.option import options_of
 from runtime.request.plan import plan
 from runtime.request.request import Request
 from runtime.request.result import Result
@@ -62,16 +60,9 @@ def _drawn(args: argparse.Namespace, path: str | Path,
     """Return the pipeline of a bundle, why it has its engine, and what it draws."""
     bundle = Bundle.open(path)
     plans = [plan(request, bundle, bundle.manifest.default_size) for request in requests]
-    config, why = _config(args, plans[0].size).chosen(bundle)
+    config, why = settings_of(args, plans[0].size).chosen(bundle)
     if args.rebuild:
         store.build_all(bundle, config.backend, sizes=[plans[0].size], batches=[config.batch], dtype=config.dtype,
                         device=config.device, threads=config.threads, rebuild=True, options=config.options)
     pipe = Pipeline(bundle, config)
     return pipe, why, pipe.draw(plans)
-
-
-def _config(args: argparse.Namespace, size: tuple[int, int]) -> PipelineConfig:
-    words = vars(args)
-    settings = {name: words[name] for name, declared in options_of(PipelineConfig).items()
-                if declared.flag and words[name] is not None}
-    return PipelineConfig(**{**settings, "size": size, "progress": not args.quiet})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engines.cli.kernel_options import add_kernel_options
 from engines.cli.options import picture_size
 from runtime.config import PipelineConfig
 from runtime.request.option import Option, options_of, unset
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     _add_files(command.add_argument_group("files"))
     engine = command.add_argument_group("engine")
     add_declared({"": engine}, PipelineConfig)
+    add_kernel_options(engine)
     engine.add_argument("--rebuild", action="store_true", help="build the engines of this size and batch again first")
     engine.add_argument("--quiet", action="store_true", help="no progress bars")
     engine.add_argument("-v", "--verbose", action="store_true", help="log what is loaded and built; tracebacks for "

@@ -1,4 +1,4 @@
-"""The requests that a command line describes."""
+"""The requests, and the settings of a pipeline, that a command line describes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from engines.cli.kernel_options import kernel_options
+from runtime.config import PipelineConfig
 from runtime.pictures import save as images
 from runtime.pictures import video
 from runtime.request.option import options_of
@@ -30,6 +32,15 @@ def requests_of(args: argparse.Namespace) -> list[Request]:
     if not args.prompt:
         raise ValueError("prompt: got none, expected at least one; or repeat a picture with --from FILE.png")
     return [Request(**{**changes, "prompt": prompt}) for prompt in args.prompt]
+
+
+def settings_of(args: argparse.Namespace, size: tuple[int, int]) -> PipelineConfig:
+    """Return the settings of a pipeline for pictures of `size` that the options describe."""
+    words = vars(args)
+    settings = {name: words[name] for name, declared in options_of(PipelineConfig).items()
+                if declared.flag and words[name] is not None}
+    options = {**dict(args.options or {}), **kernel_options(args)}
+    return PipelineConfig(**{**settings, "size": size, "progress": not args.quiet, "options": options})
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:

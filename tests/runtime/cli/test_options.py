@@ -6,7 +6,7 @@ import pytest
 
 from runtime import Control, Lora, Request
 from runtime.cli.options import parser
-from runtime.cli.requests import requests_of
+from runtime.cli.requests import requests_of, settings_of
 from runtime.config import PipelineConfig
 from runtime.request.option import options_of
 
@@ -52,6 +52,15 @@ def test_help_has_every_flag_with_its_words():
 ])
 def test_words_become_a_request(words, options):
     assert requested(*words) == Request("a cat", **options)
+
+
+def test_words_become_settings():
+    words = ["--backend", "openvino", "--batch", "2", "--eager", "--tile", "512", "--quiet", "--option", "a=1",
+             "--option", "b=2", "--attention", "auto"]
+    config = settings_of(parser().parse_args(["a.bundle", "a cat", *words]), (64, 128))
+    assert config == PipelineConfig("openvino", batch=2, eager=True, tile=512, progress=False, size=(64, 128),
+                                    options={"a": "1", "b": "2", "attention": "auto"})
+    assert settings_of(parser().parse_args(["a.bundle"]), (8, 8)) == PipelineConfig(size=(8, 8))
 
 
 def test_several_prompts_are_several_requests():
