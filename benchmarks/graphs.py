@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             found[name]["picture"].append(result.timings["total"])
     equal = np.array_equal(pictures["graphs"], pictures["eager"])
     report: dict[str, Any] = {
-        "machine": measure.machine(), "backend": pipes["graphs"].backend, "dtype": pipes["graphs"].dtype,
+        "machine": measure.machine(), "backend": pipes["graphs"].config.backend, "dtype": pipes["graphs"].config.dtype,
         "batch": args.batch, "steps": args.steps, "equal": equal,
         "results": {name: {what: measure.spread(seconds) for what, seconds in own.items()}
                     for name, own in found.items()}}

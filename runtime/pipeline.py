@@ -2,74 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import engines
-from engines import Bundle, Engine, EngineError, store
-from engines.machine.gpu import gpus
-from engines.store.choose import choose
-from engines.store.runtime_kernels import runtime_kernels
-from kernels.aot.artefact import KernelError
-from runtime.devices.bound import BoundEngine
-from runtime.devices.device import Cuda, Device
-from runtime.devices.host import Host
-from runtime.loop.denoise import Job, denoise
-from runtime.loop.slots import Capacity, Slots
-from runtime.lora.application import Lora, Loras
-from runtime.networks.decoder import Decoder
-from runtime.networks.denoiser import UNet
-from runtime.pictures import read as pictures
-from runtime.pictures import tiles, video
-from runtime.pictures.save import to_uint8
-from runtime.request import checks
+from engines import Bundle
+from runtime.config import PipelineConfig
+from runtime.loop.job import Job, Place
+from runtime.loop.loop import Loop
+from runtime.networks.networks import Networks
+from runtime.networks.shelf import Shelf
+from runtime.request.plan import Plan, plan
 from runtime.request.request import Request, Step
-from runtime.tasks.tasks import Encoded, Model, blank, jobs, paste, resolve, table_of
-from runtime.text.encoders import Text, TextEncoders
-
-logger = logging.getLogger(__name__)
-
-SafetyChecker = Callable[[Image.Image], Image.Image | None]
-DepthEstimator = Callable[[Image.Image], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one request gave.
-
-    request: as it was run, with size and seed filled in. images: PIL, empty for output="latent" or when cancelled.
-    latents: float32 [count, C, h, w] before decoding. timings: seconds in "text", "denoise", "decode" and "total" of
-    the call (its requests with the same LoRAs share them). cancelled: on_step returned False. withheld: images that the
-    safety checker kept back, which are black.
-    """
-
-    request: Request
-    images: tuple[Image.Image, ...]
-    latents: np.ndarray
-    timings: dict[str, float]
-    cancelled: bool = False
-    withheld: tuple[int, ...] = ()
-
-    def request_of(self, image: int) -> Request:
-        """The request that makes just this image again, or the whole video that it is a frame of."""
-        if self.request.frames is not None:
-            return self.request
-        latents = None if self.request.latents is None else self.request.latents[image]
-        given = self.request.image
-        if isinstance(given, np.ndarray) and given.ndim == 4:  # latents, one for each image
-            given = given[image]
-        assert self.request.seed is not None
-        return dataclasses.replace(self.request, seed=self.request.seed + image, count=1, latents=latents, image=given)
+from runtime.request.result import Result
+from runtime.request.task import blank
+from runtime.tasks import Model, jobs, paste
+from runtime.text.encoders import Text
 
 
 class Pipeline:
@@ -77,85 +32,30 @@ class Pipeline:
 
         pipe = Pipeline.load("sd15.bundle", size=(512, 512))
         pipe(Request("a photograph of an astronaut riding a horse", seed=42)).images[0].save("astronaut.png")
+
+    It may be called from several threads at a time: their images share the loop, and each call gets its own.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: str, dtype: str, device: str, size: tuple[int, int], batch: int,
-                 threads: int, eager: bool, progress: bool, tile: int | None, options: Mapping[str, Any] | None,
-                 safety_checker: SafetyChecker | None, depth_estimator: DepthEstimator | None) -> None:
-        self.bundle = bundle
-        self.backend = backend
-        self.dtype = dtype
-        self.device = device
-        self.size = size
-        self.batch = batch
-        self._threads, self._options = threads, dict(options or {})
-        self._tile = tile
-        self.load_seconds = 0.0
-        self._progress = progress
-        self._safety_checker, self._depth_estimator = safety_checker, depth_estimator
-        self._host, self._eager = Host(), eager
-        self._gpus: dict[int, Cuda] = {}
-        self._engines: dict[tuple[str, int, int, int, int], BoundEngine] = {}
-        self._decoders: dict[tuple[int, int], Decoder] = {}
-        self._slots: dict[tuple[Any, ...], Slots] = {}
-        self._unet = UNet(bundle, self._engine, store.in_parts(bundle, backend))
-        self._loras = Loras(bundle)
-        self._texts = TextEncoders(bundle, self._engine)
-        self._nets: dict[str, UNet] = {}
-        self._model = Model(bundle.manifest, self._unet, self._encode_picture, self._net)
+    def __init__(self, bundle: Bundle, config: PipelineConfig) -> None:
+        """Open engines for settings that `PipelineConfig.chosen` has filled in; see `load`."""
+        start = time.perf_counter()
+        bundle.verify(bundle.manifest.files)
+        self.bundle, self.config = bundle, config
+        self.networks = Networks(Shelf(bundle, config))
+        self._loop = Loop(self.networks, config.batch)
+        self._lock = threading.RLock()  # engines run one at a time
+        self._load()
+        self.load_seconds = time.perf_counter() - start
 
     @classmethod
-    def load(cls, path: str | Path, backend: str = "auto", *, dtype: str = "auto", device: str = "auto",
-             size: tuple[int, int] | None = None, batch: int = 1, threads: int = 0, eager: bool = False,
-             progress: bool = True, tile: int | None = None, options: Mapping[str, Any] | None = None,
-             safety_checker: SafetyChecker | None = None,
-             depth_estimator: DepthEstimator | None = None) -> Pipeline:
+    def load(cls, path: str | Path, backend: str = "auto", **settings: Any) -> Self:
         """Open a bundle and load its engines (building those that are not there yet).
 
-        path: the bundle. backend: a name of `engines.BACKENDS`, or "auto". dtype: "fp32", "fp16", "bf16", or "auto"
-        for the fastest that the backend runs well here; a GPU runs the graph's own. device: "cpu", "cuda:0", or "auto"
-        for the one that the backend is for. size: (height, width) pixels; the model's own by default. batch: images
-        denoised together. threads: CPU threads, 0 for all cores. eager: no CUDA graphs. progress: bars on a terminal.
-        tile: pixels; larger pictures go through the VAE in overlapping tiles of that side, in the memory of one
-        (`runtime.pictures.tiles`). options: settings of the backend, such as {"fp8": "linear"}, as `python -m engines build
-        --option` takes them.
-        safety_checker: sees every finished picture, and returns it or another, or None to withhold it. depth_estimator:
-        gives a depth map, [H, W] in any unit, of the picture of a request that has none but needs one.
-
-        Raises EngineError for a bundle or engine that cannot be used, ValueError for a size or batch that cannot be.
+        settings: the fields of `PipelineConfig`, such as size, batch, dtype. Raises EngineError for a bundle or engine
+        that cannot be used, ValueError for a size or batch that cannot be, TypeError for an unknown setting.
         """
-        start = time.perf_counter()
         bundle = Bundle.open(path)
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch: got {batch!r}, expected a whole number of at least 1")
-        size = size or bundle.manifest.default_size
-        bundle.check_size(*size)
-        if tile is not None:
-            checks.whole("tile", tile, 4 * bundle.manifest.latent.factor, 2**16)
-            if tile % bundle.manifest.latent.factor:
-                raise ValueError(f"tile: got {tile} pixels, expected a multiple of {bundle.manifest.latent.factor}")
-        backend, dtype, device, _ = choose(backend, dtype, device, bundle=bundle, size=size, batch=batch,
-                                           threads=threads)
-        own = bundle.dtype
-        if engines.backend(backend).on_gpu and dtype != own:
-            raise EngineError(f"dtype: got {dtype}, expected {own}, that of the graph, which {backend} keeps; "
-                              f"export the checkpoint with --dtype {dtype}")
-        bundle.verify(bundle.manifest.files)
-        pipe = cls(bundle, backend=backend, dtype=dtype, device=device, size=size, batch=batch, threads=threads,
-                   eager=eager, progress=progress, tile=tile, options=options, safety_checker=safety_checker,
-                   depth_estimator=depth_estimator)
-        loads = [pipe._texts.load, lambda: pipe._unet.load(size, 2 * batch),
-                 lambda: pipe._engine(bundle.network("first_stage_decoder"), 1, *pipe._tile_of(*size))]
-        if not {"text-to-image", "upscale"} & set(bundle.manifest.tasks):
-            loads.append(lambda: pipe._engine(bundle.network("first_stage_encoder"), 1, *pipe._tile_of(*size)))
-        with pipe._bar(total=len(loads), desc="load", unit="engine") as bar:
-            for load in loads:
-                load()
-                bar.update()
-            if pipe._unet.step(size, 2 * batch).device.captures:
-                pipe._capture()
-        pipe.load_seconds = time.perf_counter() - start
-        return pipe
+        return cls(bundle, PipelineConfig(backend, **settings).chosen(bundle)[0])
 
     @overload
     def __call__(self, request: Request | str) -> Result: ...
@@ -171,97 +71,113 @@ class Pipeline:
             return self([Request(request)])[0]
         if isinstance(request, Request):
             return self([request])[0]
-        requests = [self._resolve(r) for r in request]
-        groups: dict[tuple[Lora, ...], list[int]] = {}
-        for index, r in enumerate(requests):
-            groups.setdefault(r.loras, []).append(index)
-        results: dict[int, Result] = {}
-        try:
-            for loras, members in groups.items():
-                self._loras.use(loras)
-                results |= zip(members, self._draw([requests[i] for i in members]), strict=True)
-        finally:
-            self._loras.use(())
-        return [results[i] for i in range(len(requests))]
+        return self.draw([plan(r, self.bundle, self.config.pixels, self.config.depth_estimator) for r in request])
 
-    def _draw(self, requests: list[Request]) -> list[Result]:
-        """Requests of the LoRAs in use, as one batch."""
+    def draw(self, plans: Sequence[Plan]) -> list[Result]:
+        """Draw requests that `runtime.request.plan.plan` has planned for this bundle, as one batch.
+
+        Raises ValueError for a LoRA that does not fit the model, before anything is computed.
+        """
+        for planned in plans:
+            self.networks.shelf.loras.read(planned.request.loras)
         start = time.perf_counter()
-        texts = self.encode(requests)
+        with self._lock:
+            begun = self._begin(plans)
         encoded = time.perf_counter()
-        drawn = self._denoise(requests, texts)
+        self._denoise(begun)
         denoised = time.perf_counter()
-        images, withheld = self._finish(requests, drawn)
+        drawn = [[job for job in begun if job.request_index == i] for i in range(len(plans))]
+        images, withheld = self._finish(plans, drawn)
         end = time.perf_counter()
         timings = {"text": encoded - start, "denoise": denoised - encoded, "decode": end - denoised,
                    "total": end - start}
-        return [Result(r, tuple(images[i]), np.stack([j.latents for j in drawn[i]]), timings,
-                       any(j.cancelled for j in drawn[i]), tuple(withheld[i])) for i, r in enumerate(requests)]
+        return [Result(planned.request, tuple(images[i]), np.stack([j.latents for j in drawn[i]]), timings,
+                       any(j.cancelled for j in drawn[i]), tuple(withheld[i]), planned.rate, planned.names)
+                for i, planned in enumerate(plans)]
 
     def encode(self, requests: Sequence[Request]) -> list[Text]:
-        """What the text encoders make of the prompts of each request.
+        """Return what the text encoders make of the prompts of each request, without LoRAs.
 
         Raises ValueError for a weighted prompt or an embedding that cannot be used.
         """
-        return self._texts(requests)
+        with self._lock:
+            return self.networks.text(requests)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents float32 [n, C, h, w] to pictures float32 [n, height, width, 3] in [0, 1]."""
-        images = [self._decode(latent).transpose(1, 2, 0) * 0.5 + 0.5 for latent in latents]
+        """Return the pictures of latents float32 [n, C, h, w]: float32 [n, height, width, 3] in [0, 1]."""
+        with self._lock:
+            images = [self.networks.first_stage.decode(latent).transpose(1, 2, 0) * 0.5 + 0.5 for latent in latents]
         return np.stack(images).clip(0.0, 1.0)
 
-    def _denoise(self, requests: list[Request], texts: list[Text]) -> list[list[Job]]:
-        """Run every image of every request to its last step; static shapes hold one size and one length of text, so
-        those in turn."""
-        drawn: list[list[Job]] = [[] for _ in requests]
-        for job in jobs(requests, [text.inputs for text in texts], self._model):
-            drawn[job.request_index].append(job)
-        shapes = [(_size(r), text.tokens) for r, text in zip(requests, texts, strict=True)]
-        evaluations = sum(job.table.rows for group in drawn for job in group)
-        with self._bar(total=evaluations, desc="denoise", unit="step") as bar:
-            for size, tokens in dict.fromkeys(shapes):
-                group = [j for shape, images in zip(shapes, drawn, strict=True) if shape == (size, tokens)
-                         for j in images]
-                denoise(partial(self._unet.step, size, tokens=tokens), self._slots_for(size, tokens, group), group,
-                        self._after_step(drawn, bar), partial(self._net_of, size, tokens))
-        return drawn
+    def _begin(self, plans: Sequence[Plan]) -> list[Job]:
+        """Encode the texts, and what else the steps need, one set of LoRAs after another."""
+        begun: list[Job] = []
+        for loras in dict.fromkeys(planned.request.loras for planned in plans):
+            stack = self.networks.shelf.loras.read(loras)
+            members = [i for i, planned in enumerate(plans) if planned.request.loras == loras]
+            chosen = [plans[i] for i in members]
+            texts = self.networks.text([planned.request for planned in chosen], stack)
+            model = Model(self.bundle.manifest, self.networks.denoiser_of(stack), self.networks.first_stage.encode,
+                          partial(self.networks.net_of, stack=stack))
+            for job in jobs(chosen, [text.inputs for text in texts], model):
+                size, tokens = chosen[job.request_index].size, texts[job.request_index].tokens
+                job.place = Place(size, tokens, stack)
+                job.request_index = members[job.request_index]
+                begun.append(job)
+        return begun
 
-    def _net_of(self, size: tuple[int, int], tokens: int, name: str, rows: int) -> BoundEngine:
-        return self._net(name).step(size, rows, tokens=tokens)
+    def _denoise(self, begun: list[Job]) -> None:
+        """Submit the jobs to the loop, and step it until they have ended; other threads' jobs may take part."""
+        with self._bar(total=sum(job.table.rows for job in begun), desc="denoise", unit="step") as bar:
+            raised: list[Exception] = []
+            for job in begun:
+                job.after_step = self._after_step(begun, bar, raised)
+                self._loop.submit(job)
+            try:
+                while not all(job.ended for job in begun):
+                    with self._lock:
+                        self._loop.step()
+            except BaseException:
+                for job in begun:
+                    job.cancelled = True  # whoever steps next lets them go
+                raise
+        for error in (*raised, *(job.error for job in begun if job.error)):
+            raise error
 
-    def _net(self, name: str) -> UNet:
-        """An attached ControlNet."""
-        if name not in self._nets:
-            network = self.bundle.label(name)
-            parts = store.in_parts(self.bundle, self.backend, network)
-            self._nets[name] = UNet(self.bundle, self._engine, parts, network)
-        return self._nets[name]
+    def _after_step(self, begun: list[Job], bar: tqdm, raised: list[Exception]) -> Callable[[Job], None]:
+        """Return what is called after every evaluation of a job: the bar, and the request's own callback.
 
-    def _after_step(self, drawn: list[list[Job]], bar: tqdm) -> Callable[[Job], None]:
+        What that raises ends the call, and no other that runs at the same time.
+        """
         def after_step(job: Job) -> None:
             bar.update()
-            callback = job.request.on_step
-            if callback is not None:
-                step = Step(job.image, job.row, job.table.rows, float(job.table.timesteps[job.row - 1]), job.latents,
-                            lambda: self._picture(job.latents))
-                if callback(step) is False:
-                    for sibling in drawn[job.request_index]:
-                        sibling.cancelled = True
+            if (callback := job.request.on_step) is None or raised:
+                return
+            step = Step(job.image, job.row, job.table.rows, float(job.table.timesteps[job.row - 1]), job.latents,
+                        lambda: self.networks.first_stage.picture(job.latents))
+            try:
+                ends = [job.request_index] if callback(step) is False else []
+            except Exception as e:
+                raised.append(e)
+                ends = [other.request_index for other in begun]
+            for other in begun:
+                other.cancelled |= other.request_index in ends
+
         return after_step
 
-    def _finish(self, requests: list[Request],
+    def _finish(self, plans: Sequence[Plan],
                 drawn: list[list[Job]]) -> tuple[list[list[Image.Image]], list[list[int]]]:
-        """The pictures of every request, and which of them were withheld."""
-        images: list[list[Image.Image]] = [[] for _ in requests]
-        withheld: list[list[int]] = [[] for _ in requests]
-        wanted = [(r, j) for r, group in zip(requests, drawn, strict=True) if r.output == "image" for j in group
-                  if not j.cancelled]
+        """Decode the pictures of every request, and say which of them were withheld."""
+        images: list[list[Image.Image]] = [[] for _ in drawn]
+        withheld: list[list[int]] = [[] for _ in drawn]
+        wanted = [job for group in drawn for job in group if job.request.output == "image" and not job.cancelled]
         with self._bar(total=len(wanted), desc="decode", unit="image") as bar:
-            for request, job in wanted:
-                image = self._picture(job.latents)
-                if request.paste:
-                    image = paste(request, image)
-                if self._safety_checker is not None and (passed := self._safety_checker(image)) is not image:
+            for job in wanted:
+                with self._lock:
+                    image = self.networks.first_stage.picture(job.latents)
+                image = paste(plans[job.request_index], image) if job.request.paste else image
+                checker = self.config.safety_checker
+                if checker is not None and (passed := checker(image)) is not image:
                     if passed is None:
                         withheld[job.request_index].append(job.image)
                     image = passed or Image.new("RGB", image.size)
@@ -269,130 +185,21 @@ class Pipeline:
                 bar.update()
         return images, withheld
 
-    def _encode_picture(self, image: np.ndarray) -> Encoded:
-        """float32 [3, height, width] in [-1, 1] to its latents."""
-        size, factor = self._tile_of(*image.shape[1:]), self.bundle.manifest.latent.factor
-        encoder = self._engine(self.bundle.network("first_stage_encoder"), 1, *size)
-
-        def run(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            found = encoder(image=part[None])
-            return found["mean"][0], found["std"][0]
-
-        if size == image.shape[1:]:
-            return Encoded(*run(image))
-        return Encoded(*tiles.encode(image, run, (size[0] // factor, size[1] // factor), factor))
-
-    def _decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents float32 [C, h, w] to float32 [3, height, width], nominally in [-1, 1]."""
-        factor = self.bundle.manifest.latent.factor
-        whole = latents.shape[1] * factor, latents.shape[2] * factor
-        size = self._tile_of(*whole)
-        decoder = self._engine(self.bundle.network("first_stage_decoder"), 1, *size)
-
-        def run(part: np.ndarray) -> np.ndarray:
-            return decoder(latents=part[None])["image"][0]
-
-        return run(latents) if size == whole else tiles.decode(latents, run, (size[0] // factor, size[1] // factor),
-                                                               factor)
-
-    def _tile_of(self, height: int, width: int) -> tuple[int, int]:
-        """What the VAE is given of a picture at once, in pixels."""
-        return min(height, self._tile or height), min(width, self._tile or width)
-
-    def _picture(self, latents: np.ndarray) -> Image.Image:
-        """Latents float32 [C, h, w] decoded to a picture where the decoder runs."""
-        factor = self.bundle.manifest.latent.factor
-        size = (latents.shape[1] * factor, latents.shape[2] * factor)
-        if self._tile_of(*size) != size:
-            return Image.fromarray(to_uint8((self._decode(latents).transpose(1, 2, 0) * 0.5 + 0.5).clip(0.0, 1.0)))
-        if size not in self._decoders:
-            self._decoders[size] = Decoder(self._engine(self.bundle.network("first_stage_decoder"), 1, *size))
-        return Image.fromarray(self._decoders[size](latents[None])[0])
-
-    def _slots_for(self, size: tuple[int, int], tokens: int, jobs: list[Job]) -> Slots:
-        """Slots of this size that hold the jobs; kept, so that their addresses, and graphs with them, stay."""
-        needed = Capacity.of(jobs)
-        key = (*size, needed.memory, needed.times, needed.nets)
-        if key not in self._slots or self._slots[key].capacity.rows < needed.rows:
-            rows = self.batch * (2 if any(job.request.guided for job in jobs) else 1)
-            self._slots[key] = Slots(self._unet.step(size, rows, tokens=tokens).device, self.batch, needed)
-        return self._slots[key]
-
-    def _capture(self) -> None:
-        """Draw two short pictures for nobody: libraries set themselves up, and what repeats becomes a graph.
-
-        Guided first, so that the largest batch is captured first.
-        """
-        progress, self._progress = self._progress, False
-        try:
-            for _ in range(2):
-                self(blank(self.bundle.manifest, self.size))
-        finally:
-            self._progress = progress
-
-    def _engine(self, component: str, batch: int, height: int = 0, width: int = 0, *, tokens: int = 0) -> BoundEngine:
-        """The engine of a static shape, loaded (and built, where need be) at its first use and kept.
-
-        tokens: of the text, 0 for those of one prompt.
-        """
-        tokens = tokens or self.bundle.tokens
-        key = (component, batch, height, width, tokens)
-        if key not in self._engines:
-            dtype = self.bundle.component(component).dtype if engines.backend(self.backend).on_gpu else self.dtype
-            config = self.bundle.config(component, backend=self.backend, dtype=dtype, batch=batch,
-                                        size=(height, width), tokens=tokens, threads=self._threads,
-                                        device=self.device, options=self._options)
-            start = time.perf_counter()
-            engine = store.load(self.bundle, component, config)
-            self._engines[key] = BoundEngine(engine, self._place(engine))
-            logger.info("%s %s ready in %.2f s", component, config.dims, time.perf_counter() - start)
-        return self._loras.fit(component, self._engines[key])
-
-    def _place(self, engine: Engine) -> Device:
-        """Where an engine runs: this host, or the GPU of the number that it says."""
-        number = engine.gpu
-        if number is None:
-            return self._host
-        if number not in self._gpus:
-            try:
-                self._gpus[number] = Cuda(number, runtime_kernels(self.bundle, gpus()[number].arch), self._eager)
-            except KernelError as e:
-                raise EngineError(str(e)) from e
-        return self._gpus[number]
-
-    def _resolve(self, request: Request) -> Request:
-        """Fill in size and seed, and refuse what this model cannot do."""
-        if not isinstance(request, Request):
-            raise ValueError(f"request: got {type(request).__name__}, expected a Request or a list of them")
-        manifest = self.bundle.manifest
-        if self._depth_estimator and manifest.condition("depth") and request.depth is None:
-            depth = self._depth_estimator(pictures.read(request.image, "image"))
-            request = dataclasses.replace(request, depth=np.asarray(depth, np.float32))
-        for control in request.control:
-            if control.name not in (attached := self.bundle.labels):
-                raise ValueError(f"control: got {control.name!r}, expected one that is attached "
-                                 f"({', '.join(attached) or 'none is'}); attach it with: python -m export CONTROLNET "
-                                 f"--into {self.bundle.path} --as {control.name}")
-            if request.frames is None:
-                pictures.read(control.image, "control")
-            else:
-                video.read(control.image, "control", limit=1)
-        request = resolve(request, manifest, self.size)
-        height, width = _size(request)
-        self.bundle.check_size(height, width)
-        table_of(request, manifest)
-        self._loras.check(request.loras)
-        latent = manifest.latent
-        shape = (latent.channels, height // latent.factor, width // latent.factor)
-        if request.latents is not None and request.latents.shape[1:] != shape:
-            raise ValueError(f"latents: got {request.latents.shape[1:]} an image, expected {shape} "
-                             f"for {height}x{width}")
-        return request
+    def _load(self) -> None:
+        """Load the engines of one batch of the pipeline's own size, and capture what a GPU repeats."""
+        size, rows = self.config.pixels, 2 * self.config.batch
+        denoiser, first_stage = self.networks.denoiser_of(), self.networks.first_stage
+        loads: list[Callable[[], object]] = [
+            self.networks.text.load, lambda: denoiser.load(size, rows), lambda: first_stage.load_decoder(size)]
+        if not {"text-to-image", "upscale"} & set(self.bundle.manifest.tasks):
+            loads.append(lambda: first_stage.load_encoder(size))
+        with self._bar(total=len(loads), desc="load", unit="engine") as bar:
+            for load in loads:
+                load()
+                bar.update()
+        if denoiser.step(size, rows).device.captures:
+            for _ in range(2):  # libraries set themselves up, and what repeats becomes a graph, the largest batch first
+                self._denoise(self._begin([plan(blank(self.bundle.manifest, size), self.bundle, size)]))
 
     def _bar(self, total: int, desc: str, unit: str) -> tqdm:
-        return tqdm(total=total, desc=desc, unit=unit, disable=None if self._progress else True, leave=False)
-
-
-def _size(request: Request) -> tuple[int, int]:
-    assert request.height and request.width  # `_resolve` filled them in
-    return request.height, request.width
+        return tqdm(total=total, desc=desc, unit=unit, disable=None if self.config.progress else True, leave=False)

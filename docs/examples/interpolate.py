@@ -25,7 +25,7 @@ MILLISECONDS = 100
 def frames(pipe: Pipeline, pictures: tuple[Path, Path], loras: tuple[Path, Path], prompt: str, count: int = 11,
            steps: int = 50) -> Iterator[Image.Image]:
     """`count` pictures, the first and the last of which are those given, as the model draws them."""
-    height, width = pipe.size
+    height, width = pipe.config.pixels
     start, end = (pipe(Request(prompt, image=picture, loras=(Lora(str(lora)),), task="invert", steps=steps,
                                guidance=1.0, height=height, width=width, output="latent")).latents[0]
                   for picture, lora in zip(pictures, loras, strict=True))

@@ -19,7 +19,7 @@ def styled(pipe: Pipeline, photo: Path, lora: Path, prompt: str, negative: str |
     """The photo at the size of the pipeline. strength: how much is drawn anew. control: how much its edges hold."""
     request = Request(prompt, negative_prompt=negative, image=photo, strength=strength, loras=(Lora(str(lora)),),
                       control=(Control("canny", photo, scale=control, preprocessor="canny"),), steps=steps, seed=seed,
-                      height=pipe.size[0], width=pipe.size[1])
+                      height=pipe.config.pixels[0], width=pipe.config.pixels[1])
     return pipe(request).images[0]
 
 

@@ -17,6 +17,7 @@ class Host:
 
     stream = None
     captures = False
+    asynchronous = False
 
     def use(self) -> None:
         pass

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from runtime.devices.bound import BoundEngine
-
+from runtime.devices.bound import BoundEngine
 
 FIRST, PREVIOUS, HIDDEN = "first", "previous", "hidden"
 """Groups of tensors: what the layers of the first frame and of the frame before were given, and those of this one."""

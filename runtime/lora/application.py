@@ -6,12 +6,9 @@ base weights are read from the bundle, so that to take a LoRA away is to write w
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,135 +18,72 @@ from engines.onnx.initializers import values
 from engines.onnx.low_rank import LowRank, constant
 from runtime.devices.bound import BoundEngine
 from runtime.lora.files import LoraFile, Pair, Weights, read_lora, weights_of
+from runtime.request.lora import Lora
 
 FILES = 8
 """Files whose contents are kept."""
 
 
-@dataclass(frozen=True)
-class Lora:
-    """One LoRA of a request.
-
-    path: a .safetensors file of diffusers, PEFT or kohya's. scale: how much of it, any finite number; text_scale: the
-    same for the text encoders, `scale` unless given. strict: refuse a file of which part fits no weight of the model;
-    without, that part is left out.
-    """
-
-    path: str
-    scale: float = 1.0
-    text_scale: float | None = None
-    strict: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.path, str | Path) or not str(self.path):
-            raise ValueError(f"lora: got {self.path!r}, expected the path of a .safetensors file")
-        object.__setattr__(self, "path", str(self.path))
-        for name in ("scale", "text_scale"):
-            value = getattr(self, name)
-            if value is None and name == "text_scale":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"lora {self.path}: {name}: got {value!r}, expected a finite number")
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"lora {self.path}: strict: got {self.strict!r}, expected True or False")
-
-    @classmethod
-    def parse(cls, text: str, strict: bool = True) -> Self:
-        """"FILE" or "FILE:SCALE", as the command line has it. Raises ValueError."""
-        path, colon, scale = text.rpartition(":")
-        try:
-            return cls(path, float(scale), strict=strict) if colon else cls(text, strict=strict)
-        except ValueError:
-            if colon and Path(text).exists():
-                return cls(text, strict=strict)
-            raise ValueError(f"lora: got {text!r}, expected FILE or FILE:SCALE, as style.safetensors:0.7") from None
-
-    def to_json(self) -> dict[str, Any]:
-        """Every field that is not the default."""
-        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`. Raises ValueError for unknown keys."""
-        if unknown := set(data) - {f.name for f in dataclasses.fields(cls)}:
-            raise ValueError(f"lora: got unknown options {sorted(unknown)}, expected path, scale, text_scale, strict")
-        return cls(**data)
-
-    def scale_of(self, model: str) -> float:
-        """For "unet" or the name of a text encoder."""
-        return self.scale if model == "unet" or self.text_scale is None else self.text_scale
-
-
-def as_loras(value: Any) -> tuple[Lora, ...]:
-    """From a list of LoRAs, paths, or what `Lora.to_json` gives. Raises ValueError for anything else."""
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"loras: got {value!r}, expected a list of them, as [Lora('style.safetensors', 0.7)]")
-    return tuple(lora if isinstance(lora, Lora) else Lora.from_json(lora) if isinstance(lora, Mapping) else Lora(lora)
-                 for lora in value)
+Stack = tuple[tuple[Lora, LoraFile], ...]
+"""LoRAs and what is in their files, in the order in which they were asked for; empty for the model's own weights."""
 
 
 @dataclass(frozen=True)
 class _Applied:
-    """What an engine has: LoRAs and their files (None while that is not known), and weights that are not the base's."""
+    """What an engine has: a stack (None while that is not known), and the names of weights that are not the base's."""
 
-    state: tuple[tuple[Lora, LoraFile], ...] | None
+    stack: Stack | None
     changed: frozenset[str]
 
 
 class Loras:
-    """The LoRAs in use of one bundle, and its engines with them.
+    """The LoRAs of one bundle's requests, and its engines with them.
 
         loras = Loras(bundle)
-        loras.use(request.loras)                        # reads and checks the files; changes no engine
-        engine = loras.fit("unet_body", engine)         # whenever an engine is about to run
+        stack = loras.read(request.loras)                   # reads the files; changes no engine
+        engine = loras.fit("unet_body", engine, stack)      # whenever an engine is about to run
 
-    An engine is refitted when it is about to run with other LoRAs than it ran with, and only where they differ from
-    the base weights before or after. Whatever has been computed of a text, an engine of `unet_text` included, is of the
-    LoRAs that were in use then.
+    An engine is refitted when it is about to run with another stack than it ran with, and only where that differs from
+    the base weights before or after. What has been computed of a text, by an engine of `unet_text` too, is of the stack
+    that the engine had then.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._state: tuple[tuple[Lora, LoraFile], ...] = ()
         self._files: dict[tuple[str, int, int], LoraFile] = {}
         self._models: dict[str, Weights] | None = None
         self._base: dict[str, Mapping[str, np.ndarray]] = {}
         self._applied: WeakKeyDictionary[BoundEngine, _Applied] = WeakKeyDictionary()
 
-    def check(self, loras: Sequence[Lora]) -> None:
-        """Raise ValueError for a file that cannot be used, or does not fit the model."""
-        for lora in loras:
-            self._read(lora)
+    def read(self, loras: Sequence[Lora]) -> Stack:
+        """Return the stack of these LoRAs. Raises ValueError for a file that cannot be used, or does not fit the model."""
+        return tuple((lora, self._read(lora)) for lora in loras)
 
-    def use(self, loras: Sequence[Lora]) -> None:
-        """From now on, in every engine that `fit` is given. Raises ValueError as `check` does; then nothing changes."""
-        self._state = tuple((lora, self._read(lora)) for lora in loras)
+    def fit(self, component: str, engine: BoundEngine, stack: Stack) -> BoundEngine:
+        """Return `engine`, of this component of the bundle, with the weights of a stack.
 
-    def fit(self, component: str, engine: BoundEngine) -> BoundEngine:
-        """`engine`, of this component of the bundle, with the weights of the LoRAs in use.
-
-        Raises EngineError where its backend cannot change them.
+        Raises EngineError where its backend cannot change weights; then nothing changes.
         """
         before = self._applied.get(engine, _Applied((), frozenset()))
-        if before.state == self._state:
+        if before.stack == stack:
             return engine
         model = self._bundle.component(component).network
-        wanted = frozenset(name for _, file in self._state for name in file.pairs.get(model, ()))
+        wanted = frozenset(name for _, file in stack for name in file.pairs.get(model, ()))
         names: frozenset[str] = frozenset()
         if before.changed or wanted:
             base = self._weights(component)
             names = (before.changed | wanted) & base.keys()
         if names:
             self._applied[engine] = _Applied(None, names)
-            active = [(lora.scale_of(model), file.pairs.get(model, {})) for lora, file in self._state]
+            active = [(lora.scale_of(model), file.pairs.get(model, {})) for lora, file in stack]
             weights = {name: _with(base[name], [(scale, pairs[name]) for scale, pairs in active if name in pairs])
                        for name in sorted(names)}
             try:
                 engine.refit(weights)
             except EngineError:
-                self._applied[engine] = before  # as `engines.spec.Engine` promises
+                self._applied[engine] = before  # as `engines.backend.Engine` promises
                 raise
-        self._applied[engine] = _Applied(self._state, wanted & names)
+        self._applied[engine] = _Applied(stack, wanted & names)
         return engine
 
     def _read(self, lora: Lora) -> LoraFile:

@@ -1,69 +1,61 @@
-"""The UNet, or a ControlNet, as one engine or in parts: what depends on the text alone, on the time alone, the rest."""
+"""The denoiser, or a ControlNet, as one engine or in parts: what depends on the text alone, on the time alone, the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from engines import Bundle
+from engines import store
 from engines.bundle import Component
 from runtime.devices.bound import BoundEngine
+from runtime.lora.application import Stack
+from runtime.networks.shelf import Shelf
 
 Inputs = dict[str, np.ndarray]
 
 
-class UNet:
-    """Gives the inputs of a step that can be computed before it, and the engine of the step.
+class Denoiser:
+    """What of a step's inputs can be computed before it, and the engine of the step.
 
-    engine: the bound engine of a component, rows, height and width in pixels (0 where there are none), and tokens of
-    the text (0: of one prompt). parts: whether to run the graphs of `export.passes.hoist`, or the whole one, whose text and
-    time are what the model was given.
-    network: "" for the bundle's denoiser, or that of a ControlNet.
+    network: the bundle's denoiser unless another is named, a ControlNet. stack: the LoRAs on its weights. It runs in the
+    parts of `export.passes.hoist` where the bundle has them and the backend wants them, or else whole; its text and time
+    are then what the model was given.
     """
 
-    def __init__(self, bundle: Bundle, engine: Callable[..., BoundEngine], parts: bool,
-                 network: str = "") -> None:
-        self._bundle = bundle
-        self._engine = engine
-        self._parts = parts
-        self._network = network or bundle.denoiser
-        self._inputs = [spec.name for spec in self._graph("body" if parts else "")[1].inputs]
+    def __init__(self, shelf: Shelf, network: str = "", stack: Stack = ()) -> None:
+        self._shelf, self._stack = shelf, stack
+        self._network = network or shelf.bundle.denoiser
+        self._parts = store.in_parts(shelf.bundle, shelf.config.backend, self._network)
+        self._inputs = [spec.name for spec in self._graph("body" if self._parts else "")[1].inputs]
 
-    def _graph(self, part: str, variant: str = "") -> tuple[str, Component]:
-        return self._bundle.graph(self._network, part, variant)
-
-    def _part(self, part: str, height: int = 0, width: int = 0, *, tokens: int = 0) -> BoundEngine:
-        """The engine of a part, with the rows that it has."""
-        name, component = self._graph(part)
-        return self._engine(name, component.rows, height, width, tokens=tokens)
-
-    def load(self, size: tuple[int, int], rows: int) -> None:
-        """Load what `rows` rows of pictures of `size` need."""
+    def load(self, size: tuple[int, int], rows: int) -> BoundEngine:
+        """Load what `rows` rows of pictures of `size` need; returns the engine of the step."""
         if self._parts:
             self._part("text")
             self._part("time")
-        self.step(size, rows)
+        return self.step(size, rows)
 
     def step(self, size: tuple[int, int], rows: int, variant: str = "", *, tokens: int = 0) -> BoundEngine:
-        """The engine that reads sample, text and time, and writes noise_pred.
+        """Return the engine that reads sample, text and time, and writes noise_pred, or a ControlNet's residuals.
 
         variant: "control" for one that also adds residuals of ControlNets, "frames" for one that also attends to other
-        frames of a video (`export.families.variants`), of a UNet that has them.
+        frames of a video, of a denoiser that has them.
         """
         name, _ = self._graph("body" if self._parts else "", variant)
-        return self._engine(name, rows, *size, tokens=tokens)
+        return self._engine(name, rows, size, tokens)
 
     def hint(self, picture: np.ndarray) -> Inputs:
-        """Of a ControlNet: what it makes of its hint, [1, …]; picture: float32 [3, height, width] in [0, 1]."""
+        """Return what a ControlNet makes of its hint, [1, …]; picture: float32 [3, height, width] in [0, 1]."""
         if not self._parts:
             return {"hint": picture[None]}
-        found = self._part("hint", *picture.shape[1:])(hint=picture[None])
+        height, width = picture.shape[1:]
+        found = self._part("hint", (height, width))(hint=picture[None])
         return {name: value.copy() for name, value in found.items()}
 
     def fixed(self, given: Inputs) -> Inputs:
-        """Inputs of the step that stay for a whole request, [2, …] each, negative prompt first; given: what the model
-        takes of text and of numbers such as sizes, [2, …] each."""
+        """Return the inputs of the step that stay for a whole request, [2, …] each, negative prompt first.
+
+        given: what the model takes of text and of numbers such as sizes, [2, …] each.
+        """
         if self._parts:
             engine = self._part("text", tokens=given["encoder_hidden_states"].shape[1])
             found = engine(**{name: given[name] for name in engine.engine.inputs})
@@ -71,7 +63,7 @@ class UNet:
         return self._wanted(given)
 
     def time(self, timesteps: np.ndarray) -> Inputs:
-        """Inputs of the step that depend on the timestep only, [n, …] each; timesteps: [n]."""
+        """Return the inputs of the step that depend on the timestep only, [n, …] each; timesteps: [n]."""
         given = {"timestep": timesteps.astype(np.float32)}
         if self._parts:
             engine, parts = self._part("time"), []
@@ -82,6 +74,17 @@ class UNet:
                 parts.append({name: value[:len(chunk)].copy() for name, value in found.items()})
             given |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return self._wanted(given)
+
+    def _graph(self, part: str, variant: str = "") -> tuple[str, Component]:
+        return self._shelf.bundle.graph(self._network, part, variant)
+
+    def _part(self, part: str, size: tuple[int, int] = (0, 0), *, tokens: int = 0) -> BoundEngine:
+        """Return the engine of a part, with the rows that it has."""
+        name, component = self._graph(part)
+        return self._engine(name, component.row_counts(1)[0], size, tokens)
+
+    def _engine(self, component: str, rows: int, size: tuple[int, int] = (0, 0), tokens: int = 0) -> BoundEngine:
+        return self._shelf.engine(component, rows, size, tokens, self._stack)
 
     def _wanted(self, given: Inputs) -> Inputs:
         return {name: value for name, value in given.items() if name in self._inputs}

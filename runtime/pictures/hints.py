@@ -12,7 +12,7 @@ from engines import EngineError
 
 
 def canny(image: Image.Image | np.ndarray, low: float = 100, high: float = 200) -> Image.Image:
-    """White edges on black, RGB with three equal channels, of the size of `image` (Canny, 1986, as OpenCV has it).
+    """Return white edges on black, RGB with three equal channels, of the size of `image` (Canny, 1986, as in OpenCV).
 
     image: PIL, or uint8 [h, w, 3] (RGB) or [h, w]. low, high: gradients that an edge may have, and that it must have
     somewhere; 100 and 200 are what ControlNets for edges are used with. The gradient is that of the strongest channel.
@@ -29,7 +29,7 @@ def canny(image: Image.Image | np.ndarray, low: float = 100, high: float = 200) 
 
 
 PREPROCESSORS: dict[str, Callable[[Image.Image], Image.Image]] = {"canny": canny}
-"""What can make a hint of a picture, by the name that requests know."""
+"""Functions that make a hint of a picture, by the name that requests know."""
 
 
 def _opencv() -> Any:

@@ -1,4 +1,4 @@
-"""Pictures that a request begins with, as the numbers that the models are given."""
+"""Pictures of a request as the numbers that the models are given."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 BINARY = 0.5
-"""From which value on a mask is taken to say: paint here."""
+"""Value from which on a mask says: paint here."""
 
 _CUBIC = -0.75
-"""Of the bicubic kernel that PyTorch interpolates with (Keys, 1981, has -0.5)."""
+"""Parameter of the bicubic kernel that PyTorch interpolates with (Keys, 1981, has -0.5)."""
 
 
 def read(value: Any, name: str) -> Image.Image:
-    """A file, PIL image, or array [H, W] or [H, W, 3], uint8 or float in [0, 1], as a PIL image.
+    """Return a file, PIL image, or array [H, W] or [H, W, 3], uint8 or float in [0, 1], as a PIL image.
 
-    Raises ValueError, naming the option, for what is none of them.
+    Raises ValueError, naming the option, for any other value.
     """
     if isinstance(value, Image.Image):
         return value
@@ -41,14 +41,14 @@ def read(value: Any, name: str) -> Image.Image:
 
 
 def pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """float32 [3, height, width] in [-1, 1], resized to `size`, (height, width), with Lanczos' filter."""
+    """Return float32 [3, height, width] in [-1, 1], resized to `size`, (height, width), with Lanczos' filter."""
     sized = _resized(image.convert("RGB"), size, Image.Resampling.LANCZOS)
     return np.asarray(sized, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
 
 
 def hint(image: Image.Image, size: tuple[int, int], preprocess: Callable[[Image.Image], Image.Image] | None = None,
          ) -> np.ndarray:
-    """float32 [3, height, width] in [0, 1], as ControlNets take it, resized to `size` with Lanczos' filter.
+    """Return float32 [3, height, width] in [0, 1], as ControlNets take it, resized to `size` with Lanczos' filter.
 
     preprocess: makes the hint of the picture of that size.
     """
@@ -58,18 +58,18 @@ def hint(image: Image.Image, size: tuple[int, int], preprocess: Callable[[Image.
 
 
 def soft_mask(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """float32 [height, width] in [0, 1], of the nearest pixels; grey stays grey. size: of the latents."""
+    """Return float32 [height, width] in [0, 1], of the nearest pixels; grey stays grey. size: of the latents."""
     return np.asarray(_resized(image.convert("L"), size, Image.Resampling.NEAREST), np.float32) / np.float32(255)
 
 
 def hard_mask(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """float32 [height, width], 0 or 1; resized to `size`, in pixels, before it is cut at one half."""
+    """Return float32 [height, width], 0 or 1; resized to `size`, in pixels, before it is cut at one half."""
     sized = _resized(image.convert("L"), size, Image.Resampling.LANCZOS)
     return (np.asarray(sized, np.float32) / np.float32(255) >= BINARY).astype(np.float32)
 
 
 def depth_map(value: Any, size: tuple[int, int]) -> np.ndarray:
-    """Depth in any unit to float32 [1, height, width] from -1 to 1, as depth models take it. size: of the latents.
+    """Return depth in any unit as float32 [1, height, width] from -1 to 1, as models take it. size: of the latents.
 
     value: a file or PIL image, of any grey mode, or an array [H, W]. Raises ValueError for another one, or where all of
     it is equally deep.

@@ -1,4 +1,4 @@
-"""Pictures: from decoder output to PIL, grids, and PNG files that remember the request that made them."""
+"""Pictures from decoder output to PIL, grids, and PNG files that remember the request that made them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 KEY = "latentrt"
+"""Name of the text in a PNG file, or of the entry in a video's comment, that says how it was made."""
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """float32 [..., 3] in [0, 1] to uint8, rounding half to even as numpy and diffusers do."""
+    """Return float32 [..., 3] in [0, 1] as uint8, rounding half to even as numpy and diffusers do."""
     return np.rint(image * 255.0).astype(np.uint8)
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """All images (of one size) on one, `columns` across (by default as square as can be), `gap` pixels between."""
+    """Return a sheet of images of one size, `columns` across (by default nearly square), `gap` pixels between."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = images[0].size
@@ -54,7 +55,7 @@ def save_latents(latents: np.ndarray, path: Path, force: bool = False) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[str]:
-    """A temporary name of the same ending, which becomes `path` when the block ends without an exception."""
+    """Yield a temporary name of the same ending, which becomes `path` when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
@@ -67,7 +68,7 @@ def replacing(path: Path) -> Iterator[str]:
 
 
 def load_latents(path: Path) -> np.ndarray:
-    """What `save_latents` wrote. Raises ValueError for any other file."""
+    """Return the latents that `save_latents` wrote. Raises ValueError for any other file."""
     try:
         array = np.load(path, allow_pickle=False)
     except OSError as e:
@@ -88,7 +89,7 @@ def check_target(path: Path, force: bool) -> None:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """What `save` stored in a PNG file. Raises ValueError where there is none."""
+    """Return the metadata that `save` stored in a PNG file. Raises ValueError where there is none."""
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(KEY)

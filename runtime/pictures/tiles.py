@@ -1,4 +1,4 @@
-"""Large pictures through a VAE of one static shape: overlapping tiles, blended along linear ramps.
+"""Large pictures pass a VAE of one static shape in overlapping tiles, blended along linear ramps.
 
 The algorithm is that of diffusers' AutoencoderKL.tiled_decode and tiled_encode: tiles overlap by a quarter, each is
 blended with the one above it and then with the one to its left. One thing differs: there the last tile of a row or
@@ -19,11 +19,12 @@ OVERLAP = 0.25
 """Share of a tile that the next one covers too."""
 
 Tile = tuple[int, int]
+"""(height, width) of a tile in latents."""
 Function = Callable[[np.ndarray], np.ndarray]
 
 
 def decode(latents: np.ndarray, function: Function, tile: Tile, factor: int) -> np.ndarray:
-    """Latents float32 [C, h, w] to a picture float32 [3, h · factor, w · factor].
+    """Return the picture, float32 [3, h · factor, w · factor], of latents float32 [C, h, w].
 
     function: latents [C, *tile] to a picture [3, …], a VAE decoder without the batch. tile: (height, width) in latents.
     factor: pixels a latent. Raises ValueError where a tile is larger than the latents.
@@ -34,7 +35,7 @@ def decode(latents: np.ndarray, function: Function, tile: Tile, factor: int) -> 
 
 def encode(image: np.ndarray, function: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], tile: Tile,
            factor: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture float32 [3, H, W] to mean and std of its latents, float32 [C, H / factor, W / factor] each.
+    """Return mean and std of the latents, float32 [C, H / factor, W / factor] each, of a picture float32 [3, H, W].
 
     function: a picture [3, …] of a tile to mean and std, a VAE encoder without the batch. tile: (height, width) in
     latents. factor: pixels a latent. The logarithm of std is what is blended, as in diffusers, whose encoder gives that
@@ -54,7 +55,7 @@ def encode(image: np.ndarray, function: Callable[[np.ndarray], tuple[np.ndarray,
 
 
 def starts(size: int, tile: int) -> list[int]:
-    """Where tiles of side `tile` begin that cover `size`, the last of which ends at the edge.
+    """Return where tiles of side `tile` begin that cover `size`; the last of them ends at the edge.
 
     Raises ValueError for a tile larger than `size`, or too small to overlap.
     """
@@ -64,9 +65,9 @@ def starts(size: int, tile: int) -> list[int]:
 
 
 def _tiled(size: tuple[int, ...], tile: Tile, scale: int, function: Callable[[int, int], np.ndarray]) -> np.ndarray:
-    """What `function(y, x)` gives for the tiles of latents of `size` that begin there, [C, …], as one array.
+    """Return what `function(y, x)` gives for the tiles of latents of `size` that begin there, [C, …], as one array.
 
-    scale: how many times larger it is than the latents, along each side.
+    scale: how many times larger that is than the latents, along each side.
     """
     ys, xs = starts(size[0], tile[0]), starts(size[1], tile[1])
     down, right = ([(first + side - second) * scale for first, second in pairwise(begins)]
@@ -76,18 +77,18 @@ def _tiled(size: tuple[int, ...], tile: Tile, scale: int, function: Callable[[in
     for i, y in enumerate(ys):
         left = np.empty(0, np.float32)
         for j, x in enumerate(xs):
-            found = np.array(function(y, x), np.float32)
+            part = np.array(function(y, x), np.float32)
             if not out.size:
-                out = np.empty((len(found), size[0] * scale, size[1] * scale), np.float32)
+                out = np.empty((len(part), size[0] * scale, size[1] * scale), np.float32)
             if i:
-                _ramp(above[j], found[:, :down[i - 1]], axis=1)
+                _ramp(above[j], part[:, :down[i - 1]], axis=1)
             if j:
-                _ramp(left, found[:, :, :right[j - 1]], axis=2)
-            out[:, y * scale:y * scale + found.shape[1], x * scale:x * scale + found.shape[2]] = found
+                _ramp(left, part[:, :, :right[j - 1]], axis=2)
+            out[:, y * scale:y * scale + part.shape[1], x * scale:x * scale + part.shape[2]] = part
             if j < len(right):
-                left = found[:, :, -right[j]:].copy()
+                left = part[:, :, -right[j]:].copy()
             if i < len(down):
-                above[j:j + 1] = [found[:, -down[i]:].copy()]
+                above[j:j + 1] = [part[:, -down[i]:].copy()]
     return out
 
 

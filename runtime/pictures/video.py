@@ -1,7 +1,7 @@
-"""Videos in and out: a folder of pictures, an animated picture such as a GIF, a file such as MP4, or pictures by hand.
+"""Videos are folders of pictures, animated pictures such as GIFs, files such as MP4, or lists of pictures.
 
-MP4 and its like go through PyAV (FFmpeg's libraries); sound is not kept. What is written holds its request, as PNG
-files do: in the comment of the file, or beside the pictures of a folder.
+MP4 and its like go through PyAV (FFmpeg's libraries); sound is not kept. A video that is written holds its request, as
+PNG files do: in the comment of the file, or beside the pictures of a folder.
 """
 
 from __future__ import annotations
@@ -31,17 +31,21 @@ WRITTEN = (".mp4", ".mov", ".mkv", ".gif")
 """Endings of files that can be written; a name without an ending is a folder."""
 
 RATE = 8.0
-"""Frames a second of what does not say: pictures of a folder, or by hand."""
+"""Frames a second of a video that does not say: pictures of a folder, or in a list."""
 
 RECORD = "latentrt.json"
-"""What a folder that was written holds beside pictures: how it was made."""
+"""File that a folder which was written holds beside its pictures: how they were made."""
 
 SMALLEST_RATE = Fraction(1, 100)
+"""Frames a second that a file is written with at least."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """frames: PIL, RGB. rate: frames a second. names: of the files in a folder, without their endings; else none."""
+    """A video in memory.
+
+    frames: PIL, RGB. rate: frames a second. names: of the files in a folder, without their endings; else none.
+    """
 
     frames: tuple[Image.Image, ...]
     rate: float
@@ -49,7 +53,7 @@ class Clip:
 
 
 def read(value: Any, name: str, every: int = 1, limit: int | None = None) -> Clip:
-    """Every `every`-th frame of a video, at most `limit` of them; the rate falls with them.
+    """Read every `every`-th frame of a video, at most `limit` of them; the rate falls with them.
 
     value: a file or folder, pictures as of `Request.image` in a list, or an array [n, height, width, 3]; a single
     picture is a video of one frame. name: of the option, for errors. Raises ValueError for what is no video,
@@ -64,7 +68,7 @@ def read(value: Any, name: str, every: int = 1, limit: int | None = None) -> Cli
         rate, frames = reader(Path(value), name, every, limit)
         clip = Clip(tuple(frames), rate / every)
     elif isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim == 4):
-        clip = Clip(tuple(pictures.read(one, name).convert("RGB") for one in value[::every][:limit]), RATE / every)
+        clip = Clip(tuple(pictures.read(frame, name).convert("RGB") for frame in value[::every][:limit]), RATE / every)
     else:
         clip = Clip((pictures.read(value, name).convert("RGB"),), RATE)
     if not clip.frames:
@@ -106,12 +110,12 @@ def check_target(path: Path, force: bool) -> None:
 
 
 def is_video(path: Path) -> bool:
-    """Whether `metadata` reads it, and not `images.metadata`."""
+    """Return whether `metadata` reads a file, and not `runtime.pictures.save.metadata`."""
     return path.is_dir() or path.suffix.lower() in (*CONTAINERS, ".gif")
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """What `write` stored. Raises ValueError where there is nothing, EngineError where PyAV is missing."""
+    """Return the metadata that `write` stored. Raises ValueError where there is none, EngineError without PyAV."""
     if path.is_dir():
         if not (path / RECORD).is_file():
             raise ValueError(f"{path}: got a folder without {RECORD}, expected one that latentrt wrote")
@@ -132,7 +136,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def _natural(path: Path) -> list[Any]:
-    """frame-2 before frame-10."""
+    """Return a key that puts frame-2 before frame-10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
@@ -176,7 +180,7 @@ def _opened(path: Path, name: str) -> Iterator[Any]:
 
 
 def _encode(frames: Sequence[Image.Image], name: str, rate: float, comment: str) -> None:
-    """H.264, or MPEG-4 part 2 where FFmpeg came without the encoder; sizes are even, as both want."""
+    """Write H.264, or MPEG-4 part 2 where FFmpeg came without the encoder; sizes are even, as both want."""
     av = _av()
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(name, "w") as container:

@@ -1,35 +1,41 @@
-"""What a user asks for: one frozen dataclass, checked when it is made."""
+"""A request: one frozen dataclass, each of whose options is declared once and checked when it is made."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from runtime.lora.application import Lora, as_loras
 from runtime.request import checks
-from runtime.request.control import Control, read_controls
+from runtime.request.checks import boolean, choice, number, pair, picture, short_name, text, whole
+from runtime.request.control import CONTROLS, Control
+from runtime.request.lora import LORAS, Lora
+from runtime.request.option import check_options, members, option, options_of, origin, stored
+from runtime.schedulers import names
 from runtime.text.prompt import parse
 
 TASKS = ("text-to-image", "image-to-image", "inpaint", "depth-to-image", "upscale", "invert", "video")
-OUTPUTS = ("image", "latent")
-PROMPT_STYLES = ("plain", "weighted")
-BLENDS = ("current", "next", "before")
-ENCODINGS = ("sample", "mean")
+PARTLY = ("image-to-image", "inpaint", "depth-to-image", "video")
+"""Tasks that may run a part of the schedule only: they begin with a picture and noise."""
+NOT_INVERT = tuple(task for task in TASKS if task != "invert")
+NOT_VIDEO = tuple(task for task in TASKS if task != "video")
+FROM_NOISE = tuple(task for task in TASKS if task not in ("invert", "video"))
+"""Tasks that take other noise than that of the seed."""
+DDIM = ("ddim", "DDIMScheduler")
+"""The solver that inversion runs backwards."""
+
+PICTURE, XL = "pictures to begin with", "Stable Diffusion XL"
+"""Headings of options on the command line."""
 MAX_SEED = 2**64 - 1
-PICTURES = ("image", "mask", "depth", "frames")
-"""Fields that hold pictures: the file they come from is stored with a request, what is given by hand is not."""
-NOT_STORED = (*PICTURES, "latents")
+MASKED = "blend, paste: got them for {task}, expected them with a picture and a mask; leave them out"
 
 
 @dataclass(frozen=True)
 class Step:
-    """What `Request.on_step` is called with after every UNet evaluation of one image.
+    """The state of one image, which `Request.on_step` is called with after every evaluation of the denoiser.
 
     image: index within the request. step: evaluations done, of `steps`. latents: float32 [C, h, w], the sampler's
     state; a view, copy it to keep it. preview(): the latents decoded as they are, a PIL image (costs a VAE decode).
@@ -47,164 +53,148 @@ class Step:
 class Request:
     """One prompt and everything that shapes its pictures.
 
-    prompt, negative_prompt: text. None is what the model takes for no negative prompt: the empty one, or zeros in
-    Stable Diffusion XL.
-    prompt_style: "plain", brackets are text and tokens past the encoder's length are dropped with a warning, as in
-    diffusers; or "weighted", `(word:1.3)`, `[word]` and BREAK mean what they do in the Stable Diffusion web UI, and a
-    prompt may be of any length (`runtime.text.prompt`). embeddings: textual inversions, "FILE" or "NAME=FILE"
-    (`runtime.text.embeddings`), whose names stand for them in both prompts.
-    height, width: pixels; None takes the size of `image`, rounded down to one that the model draws, or without one the
-    size the pipeline was loaded with.
-    steps: solver steps. guidance: classifier-free guidance scale (arXiv 2207.12598); at 1 or below the model runs
-    without it, in half the rows. guidance_rescale: phi of arXiv 2305.08891 section 3.4, 0 to 1.
-    scheduler: a short name or diffusers class name (`runtime.schedulers`), None for the checkpoint's own.
-    eta: DDIM's noise share, 0 to 1. timesteps: the solver's timesteps instead of `steps` evenly chosen ones.
-    seed: 0 … 2**64 - 1; image i of `count` uses seed + i, with the noise torch's CPU generator gives; None draws one.
-    latents: float32 [C, h, w] or [count, C, h, w] of unit variance to start from, in place of noise.
-    loras: LoRAs on the UNet and text encoders, of `runtime.lora.application.Lora` or paths; none by default.
-    output: "image", or "latent" to stop before decoding.
-    on_step: called with a `Step` after every evaluation; returning False cancels the request.
-
-    task: one of TASKS, to be refused where the model does another; None for what the pictures say.
-    Of tasks that begin with a picture (`docs/tasks.md`), None where there is none:
-
-    image: a file, PIL image, uint8 or float [H, W, 3] array, or float32 latents [C, h, w] (one for each of `count`, if
-    there are four dimensions). strength: 0 to 1, the share of the steps that are run on it; None is the task's own.
-    mask: white is painted anew, black stays. depth: of every pixel, in any unit, as a picture or [H, W] array.
-    encoding: latents of the picture as a "sample" of what the VAE gives, or its "mean"; None for the mean to invert,
-    for a sample else.
-    blend: how a model without a mask of its own keeps what is masked: with the picture at the noise level of the step
-    just taken ("current"), of the step that follows ("next", as diffusers does today), or with new noise before every
-    step ("before", as CompVis does). paste: put the picture's own pixels back where the mask is black.
-    noise_level: of the low-resolution picture in the x4 upscaler; higher invents more.
-    frames: a video, whose frames are drawn anew one after another, each image-to-image, attending to the first and to
-    the one before it: what `runtime.pictures.video.read` takes. every, limit: take every so manieth frame, at most so many.
-    Frame i uses seed + i. The hint of a ControlNet may be a video too, of which the same frames are taken.
-
-    Of Stable Diffusion XL: original_size, crop, target_size: (height, width) or (top, left) in pixels that the UNet is
-    told; by default the picture's size, (0, 0) and the picture's size. aesthetic_score, negative_aesthetic_score: of
-    the refiner, 6 and 2.5 by default. denoising_start, denoising_end: run only that part of the schedule, as a share of
-    it; the base model ends where the refiner starts, and hands it its latents.
-
-    Raises ValueError for a value that cannot be.
+    An option that is None is what the task or the model has for it. Pictures are files, PIL images, or uint8 or float
+    arrays [H, W, 3]. docs/tasks.md says which task has which option. Raises ValueError for a value that cannot be.
     """
 
-    prompt: str
-    negative_prompt: str | None = None
-    prompt_style: str = "plain"
-    embeddings: tuple[str | Path, ...] = ()
-    height: int | None = None
-    width: int | None = None
-    steps: int = 50
-    guidance: float = 7.5
-    guidance_rescale: float = 0.0
-    scheduler: str | None = None
-    eta: float = 0.0
-    timesteps: tuple[int, ...] | None = None
-    seed: int | None = None
-    count: int = 1
-    latents: np.ndarray | None = field(default=None, compare=False)
-    loras: tuple[Lora, ...] = ()
-    output: str = "image"
-    on_step: Callable[[Step], bool | None] | None = field(default=None, compare=False, repr=False)
-    task: str | None = None
-    image: Any = field(default=None, compare=False)
-    strength: float | None = None
-    mask: Any = field(default=None, compare=False)
-    depth: Any = field(default=None, compare=False)
-    encoding: str | None = None
-    blend: str = "current"
-    paste: bool = False
-    noise_level: int | None = None
-    frames: Any = field(default=None, compare=False)
-    every: int = 1
-    limit: int | None = None
-    original_size: tuple[int, int] | None = None
-    crop: tuple[int, int] | None = None
-    target_size: tuple[int, int] | None = None
-    aesthetic_score: float | None = None
-    negative_aesthetic_score: float | None = None
-    denoising_start: float | None = None
-    denoising_end: float | None = None
-    control: tuple[Control, ...] = ()
+    prompt: str = option(MISSING, text(), "what to draw; several prompts are drawn as one batch")
+    negative_prompt: str | None = option(None, text(), "what to keep away from", flag="--negative", unset="nothing")
+    """None is what the model takes for no negative prompt: the empty one, or zeros in Stable Diffusion XL."""
+    prompt_style: str = option(
+        "plain", choice("plain", "weighted"), "weighted: (word:1.3), [word] and BREAK as in the Stable Diffusion web "
+        "UI, and prompts of any length; plain: brackets are text, as in diffusers", flag="--prompt-style")
+    """Tokens of a plain prompt past the encoder's length are dropped with a warning (`runtime.text.prompt`)."""
+    embeddings: tuple[str | Path, ...] = option(
+        (), checks.embeddings(), "textual inversion to use, a .safetensors file, whose name stands for it in the "
+        "prompts", flag="--embedding", repeats=True)
+    height: int | None = option(None, whole(1, 2**16), "pixels", unset="that of the picture, or of the pipeline")
+    width: int | None = option(None, whole(1, 2**16), "pixels", unset="that of the picture, or of the pipeline")
+    """A picture's own size is rounded down to one that the model draws."""
+    steps: int = option(50, whole(1, 10_000), "solver steps", flag="--steps")
+    guidance: float = option(7.5, number(0.0), "classifier-free guidance scale; 1 or below: off", flag="--guidance",
+                             metavar="G")
+    """arXiv 2207.12598. At 1 or below the model runs without it, in half the rows."""
+    guidance_rescale: float = option(0.0, number(0.0, 1.0), "0 to 1, against over-exposure", flag="--guidance-rescale",
+                                     metavar="PHI")
+    """phi of arXiv 2305.08891 section 3.4."""
+    scheduler: str | None = option(
+        None, short_name("ddim"), f"diffusers class name or one of: {', '.join(names())}", flag="--scheduler",
+        unset="the checkpoint's own", only={"invert": DDIM})
+    eta: float = option(0.0, number(0.0, 1.0), "noise share of DDIM, 0 to 1", flag="--eta", metavar="ETA",
+                        tasks=NOT_INVERT)
+    timesteps: tuple[int, ...] | None = option(
+        None, checks.timesteps(), "the solver's timesteps, highest first, instead of --steps", flag="--timesteps",
+        tasks=NOT_INVERT)
+    seed: int | None = option(None, whole(0, MAX_SEED), "0 to 2**64-1; image i uses seed + i", flag="--seed",
+                              unset="drawn and printed")
+    """The noise is what torch's CPU generator gives."""
+    count: int = option(1, whole(1, 10_000), "images per prompt", flag="--count", tasks=NOT_VIDEO, refusal="{name}: "
+                        "got {value} for a video, expected 1; draw another one with another seed")
+    latents: np.ndarray | None = option(None, checks.array(), "start from these latents in place of noise",
+                                        flag="--latents", compare=False, tasks=FROM_NOISE, store=origin)
+    """Of unit variance, float32 [C, h, w], or [count, C, h, w] for each of `count` images."""
+    loras: tuple[Lora, ...] = option((), LORAS, "a LoRA in .safetensors, as style.safetensors:0.7", flag="--lora",
+                                     repeats=True, store=members)
+    output: str = option("image", choice("image", "latent"), "latent: stop before decoding")
+    on_step: Callable[[Step], bool | None] | None = option(
+        None, checks.function("one Step"), "called after every evaluation; returning False cancels the request",
+        compare=False, repr=False, store=None)
+
+    task: str | None = option(None, choice(*TASKS), "refuse to do another", flag="--task", group=PICTURE,
+                              unset="what the pictures given say")
+    image: Any = option(
+        None, picture(), "begin with this picture, of its own size unless --size says another; FILE.npy are latents",
+        flag="--image", group=PICTURE, compare=False, tasks=("image-to-image", "inpaint", "depth-to-image", "upscale",
+                                                             "invert"), needed=True, store=origin)
+    """Or float32 latents [C, h, w], one for each of `count` if there are four dimensions."""
+    strength: float | None = option(
+        None, number(0.0, 1.0), "0 to 1: how much of the picture is drawn anew, the share of the steps that are run",
+        flag="--strength", metavar="S", group=PICTURE, unset="0.8; 1 for models made for inpainting; 0.3 for Stable "
+        "Diffusion XL", tasks=PARTLY)
+    mask: Any = option(None, picture(), "paint only where this picture is white", flag="--mask", group=PICTURE,
+                       compare=False, tasks=("inpaint",), needed=True, store=origin)
+    blend: str = option(
+        "current", choice("current", "next", "before"), "how models without a mask of their own keep the rest of the "
+        "picture: noised as after the last step, as before the next, or anew before every step", flag="--blend",
+        group=PICTURE, tasks=("inpaint",), refusal=MASKED)
+    """"next" is what diffusers does today, "before" what CompVis did."""
+    paste: bool = option(False, boolean(), "put the picture's own pixels back where the mask is black", flag="--paste",
+                         group=PICTURE, tasks=("inpaint",), refusal=MASKED)
+    encoding: str | None = option(
+        None, choice("sample", "mean"), "begin with a sample of the picture's latents, or their mean",
+        flag="--encoding", group=PICTURE, unset="sample; mean to invert", tasks=(*PARTLY, "invert"))
+    depth: Any = option(None, picture(), "depth map, for models that take one", flag="--depth", group=PICTURE,
+                        compare=False, tasks=("depth-to-image",), needed=True, store=origin)
+    """Of every pixel, in any unit, as a picture or [H, W] array; larger is nearer."""
+    noise_level: int | None = option(
+        None, whole(0, 1000), "noise in the picture that is enlarged; higher invents more", flag="--noise-level",
+        group=PICTURE, fallback=20, tasks=("upscale",), condition="noise_level")
+    frames: Any = option(
+        None, checks.video(), "draw every frame of this video anew: a folder of pictures, a GIF, an MP4; hints of "
+        "ControlNets may be videos too. -o says what is written: FILE.mp4, FILE.gif, or a folder", flag="--frames",
+        group=PICTURE, compare=False, tasks=("video",), needed=True, store=origin)
+    """What `runtime.pictures.video.read` takes. Each frame attends to the first and to the one before; frame i uses
+    seed + i."""
+    every: int = option(1, whole(1, 10_000), "take every N-th frame only", flag="--every", group=PICTURE,
+                        tasks=("video",))
+    limit: int | None = option(None, whole(1, 10_000), "take N frames at most", flag="--limit", group=PICTURE,
+                               tasks=("video",))
+    control: tuple[Control, ...] = option(
+        (), CONTROLS, "a ControlNet that is attached to the bundle, and its hint, as canny=edges.png:0.8; keys: start "
+        "and end, the share of the steps that it is used in; preprocessor=canny for the edges of FILE",
+        flag="--control", group=PICTURE, repeats=True, store=members)
+
+    original_size: tuple[int, int] | None = option(
+        None, pair(1), "of the picture that this is like", flag="--original-size", group=XL, unset="its own",
+        condition="original_size")
+    crop: tuple[int, int] | None = option(
+        None, pair(0, checks.corner, "TOP,LEFT"), "where this was cut out of it", flag="--crop", group=XL,
+        fallback=(0, 0), condition="crop")
+    target_size: tuple[int, int] | None = option(
+        None, pair(1), "size that is aimed at", flag="--target-size", group=XL, unset="its own",
+        condition="target_size")
+    aesthetic_score: float | None = option(
+        None, number(0.0, 1000.0), "of the refiner: how good the picture is to be", flag="--aesthetic-score",
+        metavar="A", group=XL, fallback=6.0, condition="aesthetic_score")
+    negative_aesthetic_score: float | None = option(
+        None, number(0.0, 1000.0), "of the refiner: how good what it keeps away from is",
+        flag="--negative-aesthetic-score", metavar="A", group=XL, fallback=2.5, condition="aesthetic_score")
+    denoising_start: float | None = option(
+        None, number(0.0, 1.0), "0 to 1: leave out the schedule until here; of the refiner", flag="--denoising-start",
+        metavar="F", group=XL, tasks=PARTLY)
+    denoising_end: float | None = option(
+        None, number(0.0, 1.0), "0 to 1: leave out the schedule from here on; of the base", flag="--denoising-end",
+        metavar="F", group=XL, tasks=NOT_INVERT)
+    """The base model ends where the refiner starts, and hands it its latents."""
 
     def __post_init__(self) -> None:
-        checks.text("prompt", self.prompt)
-        if self.negative_prompt is not None:
-            checks.text("negative_prompt", self.negative_prompt)
-        checks.choice("prompt_style", self.prompt_style, PROMPT_STYLES)
+        check_options(self)
         for prompt in (self.prompt, self.negative_prompt or "") if self.prompt_style == "weighted" else ():
             parse(prompt)
-        object.__setattr__(self, "embeddings", checks.embeddings(self.embeddings))
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), 1, 2**16)
-        checks.whole("steps", self.steps, 1, 10_000)
-        checks.whole("count", self.count, 1, 10_000)
-        checks.number("guidance", self.guidance, 0.0, math.inf)
-        for name in ("guidance_rescale", "eta", "strength", "denoising_start", "denoising_end"):
-            if getattr(self, name) is not None:
-                checks.number(name, getattr(self, name), 0.0, 1.0)
-        for name in ("aesthetic_score", "negative_aesthetic_score"):
-            if getattr(self, name) is not None:
-                checks.number(name, getattr(self, name), 0.0, 1000.0)
         if self.seed is not None:
-            checks.whole("seed", self.seed, 0, MAX_SEED - self.count + 1)
-        if self.noise_level is not None:
-            checks.whole("noise_level", self.noise_level, 0, 1000)
-        if self.scheduler is not None and not isinstance(self.scheduler, str):
-            raise ValueError(f"scheduler: got {self.scheduler!r}, expected a name such as 'ddim', or None")
-        if self.task is not None:
-            checks.choice("task", self.task, TASKS)
-        checks.choice("output", self.output, OUTPUTS)
-        checks.choice("blend", self.blend, BLENDS)
-        if self.encoding is not None:
-            checks.choice("encoding", self.encoding, ENCODINGS)
-        for name, low in (("original_size", 1), ("crop", 0), ("target_size", 1)):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, checks.pair(name, getattr(self, name), low))
-        for name in PICTURES:
-            (checks.video if name == "frames" else checks.picture)(name, getattr(self, name))
-        checks.whole("every", self.every, 1, 10_000)
-        if self.limit is not None:
-            checks.whole("limit", self.limit, 1, 10_000)
-        object.__setattr__(self, "control", read_controls(self.control))
-        if self.timesteps is not None:
-            object.__setattr__(self, "timesteps", checks.timesteps(self.timesteps))
+            whole(0, MAX_SEED - self.count + 1)("seed", self.seed)
         if self.latents is not None:
             object.__setattr__(self, "latents", checks.latents("latents", self.latents, self.count))
-        object.__setattr__(self, "loras", as_loras(self.loras))
-        if self.on_step is not None and not callable(self.on_step):
-            raise ValueError(f"on_step: got {self.on_step!r}, expected a function of one Step")
 
     @property
     def guided(self) -> bool:
-        """Whether the model also runs on the negative prompt (diffusers' rule: guidance above 1)."""
+        """Return whether the model also runs on the negative prompt (diffusers' rule: guidance above 1)."""
         return self.guidance > 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Every field that JSON can hold and is not the default; of pictures and latents given by hand, true."""
-        out: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.name in NOT_STORED:
-                if value is not None:
-                    out[f.name] = str(value) if isinstance(value, (str, Path)) else True
-            elif f.name in ("control", "loras"):
-                if value:
-                    out[f.name] = [one.to_json() for one in value]
-            elif f.name != "on_step" and (f.default is dataclasses.MISSING or value != f.default):
-                out[f.name] = list(value) if isinstance(value, tuple) else value
-        return out
+        """Return every option that JSON can hold and is not the default; true for what was given by hand."""
+        return stored(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`. Raises ValueError for unknown keys, and for what was given by hand."""
-        known = {f.name for f in dataclasses.fields(cls)} - {"on_step"}
-        if unknown := set(data) - known:
-            raise ValueError(f"request: got unknown options {sorted(unknown)}, expected some of {sorted(known)}")
-        given = [name for name in NOT_STORED if data.get(name) is True]
-        if given := given + [f"control {one['name']}" for one in data.get("control", ()) if one.get("image") is True]:
-            raise ValueError(f"request: its {' and '.join(given)} were given by hand, which are not stored; "
+        """Return the request of `to_json`. Raises ValueError for unknown keys, and for what was given by hand."""
+        declared = {name: declaration for name, declaration in options_of(cls).items() if declaration.store}
+        if unknown := set(data) - set(declared):
+            raise ValueError(f"request: got unknown options {sorted(unknown)}, expected some of {sorted(declared)}")
+        by_hand = [name for name, declaration in declared.items()
+                   if declaration.store is origin and data.get(name) is True]
+        by_hand += [f"control {net['name']}" for net in data.get("control", ()) if net.get("image") is True]
+        if by_hand:
+            raise ValueError(f"request: its {' and '.join(by_hand)} were given by hand, which are not stored; "
                              "pass the same ones through the Python interface to repeat it")
         return cls(**data)

@@ -1,16 +1,17 @@
-"""The text of requests: every prompt through every text encoder, in chunks, weighted, with textual inversion."""
+"""Prompts pass the text encoders in chunks, weighted, with textual inversions."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from engines.bundle import Bundle
-from runtime.devices.bound import BoundEngine
+from engines.bundle import Component
+from runtime.lora.application import Stack
 from runtime.networks.denoiser import Inputs
+from runtime.networks.shelf import Shelf
 from runtime.request.request import Request
 from runtime.text.embeddings import Embedding, load_all
 from runtime.text.prompt import emphasize
@@ -19,15 +20,15 @@ from runtime.text.tokenizer import PromptTokenizer
 logger = logging.getLogger(__name__)
 
 ROWS = 2
-"""Of a text encoder's engine."""
+"""Batch rows of a text-encoder engine."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What the UNet is given for one request, negative prompt first.
+    """The text that the denoiser is given for one request, negative prompt first.
 
     states: float32 [2, tokens, width], those of several encoders joined along their width. pooled: float32 [2, width],
-    None where the UNet takes none.
+    None where the denoiser takes none.
     """
 
     states: np.ndarray
@@ -35,13 +36,13 @@ class Text:
 
     @property
     def inputs(self) -> Inputs:
-        """Both, by input of the UNet."""
+        """Return both by input of the denoiser."""
         pooled = {} if self.pooled is None else {"text_embeds": self.pooled}
         return {"encoder_hidden_states": self.states, **pooled}
 
     @property
     def tokens(self) -> int:
-        """Length of the UNet's text: 77 for each chunk. Requests of different lengths run on different engines."""
+        """Return the length of the text: 77 for each chunk. Requests of different lengths run on different engines."""
         return self.states.shape[1]
 
 
@@ -58,31 +59,30 @@ class _Prompts:
 
 
 class TextEncoders:
-    """The text encoders of a bundle. engine: the bound engine of a component and rows."""
+    """The text encoders of a bundle, on its shelf of engines."""
 
-    def __init__(self, bundle: Bundle, engine: Callable[[str, int], BoundEngine]) -> None:
-        self._engine = engine
+    def __init__(self, shelf: Shelf) -> None:
+        bundle = shelf.bundle
+        self._shelf = shelf
         self._path = bundle.path
         self._specs = bundle.manifest.text
         self._tokenizers = [PromptTokenizer(bundle.path, spec) for spec in self._specs]
-        inputs = [{one.name: one for one in bundle.component(spec.component).inputs} for spec in self._specs]
-        self._widths = {spec.component: int(own["embeddings"].shape[-1]) if "embeddings" in own else 0
-                        for spec, own in zip(self._specs, inputs, strict=True)}
+        self._widths = {spec.component: _width(bundle.component(spec.component)) for spec in self._specs}
         self._zero_negative = bundle.manifest.guidance.negative == "zeros"
 
     def load(self) -> None:
         """Load every engine."""
         for spec in self._specs:
-            self._engine(spec.component, ROWS)
+            self._shelf.engine(spec.component, ROWS)
 
-    def __call__(self, requests: Sequence[Request]) -> list[Text]:
-        """The text of each request; equal chunks of all of them are encoded once.
+    def __call__(self, requests: Sequence[Request], stack: Stack = ()) -> list[Text]:
+        """Return the text of each request; equal chunks of all of them are encoded once, with the LoRAs of `stack`.
 
         A negative prompt of None is the empty one, or zeros where the model was trained with those. Raises ValueError
         for an embedding or a prompt that cannot be, before anything is computed.
         """
         prompts = [self._tokenize(request) for request in requests]
-        encoded = [self._encode(i, [own[i] for own in prompts]) for i in range(len(self._specs))]
+        encoded = [self._encode(i, [of_request[i] for of_request in prompts], stack) for i in range(len(self._specs))]
         texts = []
         for request, parts in zip(requests, zip(*encoded, strict=True), strict=True):
             states, pooled = zip(*parts, strict=True)
@@ -94,26 +94,26 @@ class TextEncoders:
         return texts
 
     def _tokenize(self, request: Request) -> list[_Prompts]:
-        """For each encoder; prompts of fewer chunks than the other are padded with those of an empty prompt.
+        """Return the prompts for each encoder; the one of fewer chunks is padded with those of an empty prompt.
 
         Without guidance the negative prompt is empty, so that its length changes nothing.
         """
         embeddings = self._embeddings(request)
-        words = tuple((one.name, one.count) for one in embeddings)
+        words = tuple((embedding.name, embedding.count) for embedding in embeddings)
         weighted = request.prompt_style == "weighted"
-        found = []
+        chunks = []  # of the first encoder, negative prompt first, then of the second
         for tokenize in self._tokenizers:
             for prompt in ((request.negative_prompt or "") if request.guided else "", request.prompt):
                 if weighted:
-                    found.append(tokenize.chunks(prompt, words))
+                    chunks.append(tokenize.chunks(prompt, words))
                 else:
                     ids = tokenize(prompt, words)[None]
-                    found.append((ids, np.ones(ids.shape, np.float32)))
-        self._report(embeddings, [ids for ids, _ in found])
-        count = max(len(ids) for ids, _ in found)
+                    chunks.append((ids, np.ones(ids.shape, np.float32)))
+        self._report(embeddings, [ids for ids, _ in chunks])
+        count = max(len(ids) for ids, _ in chunks)
         prompts = []
         for i, tokenize in enumerate(self._tokenizers):
-            ids, weights = zip(*(_padded(*one, tokenize(""), count) for one in found[2 * i:2 * i + 2]), strict=True)
+            ids, weights = zip(*(_padded(*pair, tokenize(""), count) for pair in chunks[2 * i:2 * i + 2]), strict=True)
             none = np.zeros((0, self._widths[self._specs[i].component]), np.float32)
             vectors = np.concatenate([none, *(embedding.vectors[i] for embedding in embeddings)])
             prompts.append(_Prompts(np.stack(ids), np.stack(weights), vectors))
@@ -134,36 +134,43 @@ class TextEncoders:
                                embedding.name)
             first += embedding.count
 
-    def _encode(self, i: int, prompts: Sequence[_Prompts]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """States [2, chunks · length, width] of encoder `i` for each of `prompts`, and the pooled output, [2, width].
+    def _encode(self, i: int, prompts: Sequence[_Prompts], stack: Stack) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Return what encoder `i` gives for each prompt: states [2, chunks · length, width], and pooled [2, width].
 
         The latter is the first chunk's, without weights, as in the web UI.
         """
-        rows = {_key(ids, own.vectors): (ids, own.vectors) for own in prompts for prompt in own.ids for ids in prompt}
-        outputs, pooled = self._run(i, rows), self._specs[i].pooled
-        found = []
-        for own in prompts:
-            chunks = [[outputs[_key(ids, own.vectors)] for ids in prompt] for prompt in own.ids]
+        rows = {_key(ids, both.vectors): (ids, both.vectors)
+                for both in prompts for prompt in both.ids for ids in prompt}
+        outputs, pooled = self._run(i, rows, stack), self._specs[i].pooled
+        encoded = []
+        for both in prompts:
+            chunks = [[outputs[_key(ids, both.vectors)] for ids in prompt] for prompt in both.ids]
             states = [np.concatenate([_weighted(chunk["hidden_states"], w) for chunk, w in zip(*pair, strict=True)])
-                      for pair in zip(chunks, own.weights, strict=True)]
-            found.append((np.stack(states), np.stack([first[pooled] for first, *_ in chunks]) if pooled else None))
-        return found
+                      for pair in zip(chunks, both.weights, strict=True)]
+            encoded.append((np.stack(states), np.stack([first[pooled] for first, *_ in chunks]) if pooled else None))
+        return encoded
 
-    def _run(self, i: int, rows: Mapping[bytes, tuple[np.ndarray, np.ndarray]]) -> dict[bytes, dict[str, np.ndarray]]:
-        """Outputs of encoder `i`, without the batch, for each of `rows`: ids and the vectors they refer to."""
-        engine, keys = self._engine(self._specs[i].component, ROWS), list(rows)
+    def _run(self, i: int, rows: Mapping[bytes, tuple[np.ndarray, np.ndarray]],
+             stack: Stack) -> dict[bytes, dict[str, np.ndarray]]:
+        """Return the outputs of encoder `i`, without the batch, for each of `rows`: ids, and vectors they refer to."""
+        engine, keys = self._shelf.engine(self._specs[i].component, ROWS, stack=stack), list(rows)
         outputs: dict[bytes, dict[str, np.ndarray]] = {}
         for start in range(0, len(keys), ROWS):
             batch = (keys[start:start + ROWS] * ROWS)[:ROWS]  # the last of an odd number takes both rows
-            given = [_inputs(*rows[key]) for key in batch]
-            feed = {name: np.stack([one[name] for one in given]) for name in given[0] if name in engine.engine.inputs}
-            found = engine(**feed)
-            outputs |= {key: {name: value[row] for name, value in found.items()} for row, key in enumerate(batch)}
+            inputs = [_inputs(*rows[key]) for key in batch]
+            feed = {name: np.stack([row[name] for row in inputs]) for name in inputs[0] if name in engine.engine.inputs}
+            result = engine(**feed)
+            outputs |= {key: {name: value[row] for name, value in result.items()} for row, key in enumerate(batch)}
         return outputs
 
 
+def _width(component: Component) -> int:
+    """Return the numbers of a vector that a text encoder takes for a word, 0 where it takes none."""
+    return next((int(tensor.shape[-1]) for tensor in component.inputs if tensor.name == "embeddings"), 0)
+
+
 def _padded(ids: np.ndarray, weights: np.ndarray, empty: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks [n, length] with those of an empty prompt after them, `count` together."""
+    """Return chunks [n, length] with those of an empty prompt after them, `count` together."""
     more = count - len(ids)
     return (np.concatenate([ids, np.tile(empty, (more, 1))]),
             np.concatenate([weights, np.ones((more, len(empty)), np.float32)]))

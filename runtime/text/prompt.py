@@ -1,4 +1,4 @@
-"""Weighted prompts: `(word:1.3)`, `[word]`, `BREAK`, and what weights do to the output of a text encoder.
+"""Weighted prompts have `(word:1.3)`, `[word]` and `BREAK`; their weights change the output of a text encoder.
 
 Syntax and rule are those of the Stable Diffusion web UI (github.com/AUTOMATIC1111/stable-diffusion-webui,
 modules/prompt_parser.py, sd_emphasis.py and sd_hijack_clip.py), which most weighted prompts are written for.
@@ -39,22 +39,22 @@ class Run(NamedTuple):
 
 
 def parse(prompt: str) -> list[list[Run]]:
-    r"""The sections of a prompt between its BREAKs, at least one, each as runs of text and weight.
+    r"""Return the sections of a prompt between its BREAKs, at least one, each as runs of text and weight.
 
     `(a)` weighs 1.1 and `[a]` 1/1.1; `(a:1.3)` weighs 1.3; nested weights are multiplied. A bracket that is not closed
     holds until the end, one that was not opened is text, and so is what follows a backslash: `\(`, `\)`, `\[`, `\]`,
     `\\`. A BREAK inside brackets is one too (the web UI takes that for text). Raises ValueError for what the web UI has
     besides: prompt editing `[a:b:0.5]`, alternation `[a|b]`, and `AND`.
     """
-    if found := _EDITING.search(prompt) or _AND.search(prompt):
-        raise ValueError(f"prompt: got {found[0]!r}, expected words, (words), [words] and (words:1.3); the web UI's "
+    if match := _EDITING.search(prompt) or _AND.search(prompt):
+        raise ValueError(f"prompt: got {match[0]!r}, expected words, (words), [words] and (words:1.3); the web UI's "
                          "prompt editing, alternation and AND are not supported: write \\[ and \\] for brackets of the "
                          "text, and 'and' for the word")
     runs: list[tuple[str | None, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def weigh(first: int, weight: float) -> None:
-        runs[first:] = [(text, own * weight) for text, own in runs[first:]]
+        runs[first:] = [(text, inner * weight) for text, inner in runs[first:]]
 
     for token in _TOKEN.finditer(prompt):
         escaped, weight, bracket = token["escaped"], token["weight"], token["bracket"]
@@ -78,7 +78,7 @@ def parse(prompt: str) -> list[list[Run]]:
 
 
 def _sections(runs: Sequence[tuple[str | None, float]]) -> list[list[Run]]:
-    """Runs cut at each None, those of equal weight that touch joined: they are tokenized as one text."""
+    """Cut runs at each None, and join those of equal weight that touch: they are tokenized as one text."""
     sections: list[list[Run]] = [[]]
     for text, weight in runs:
         last = sections[-1]
@@ -92,7 +92,7 @@ def _sections(runs: Sequence[tuple[str | None, float]]) -> list[list[Run]]:
 
 
 def fill(units: Sequence[tuple[tuple[int, ...], float]], room: int, comma: int | None) -> list[list[tuple[int, float]]]:
-    """Token ids and weights cut into chunks of at most `room`, at least one; a unit of several ids is never cut.
+    """Cut token ids and weights into chunks of at most `room`, at least one; a unit of several ids is never cut.
 
     comma: the id of a comma that ends a word, where a chunk ends rather than at its last token (NEARBY).
     """
@@ -113,7 +113,7 @@ def fill(units: Sequence[tuple[tuple[int, ...], float]], room: int, comma: int |
 
 
 def emphasize(states: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Hidden states of one chunk, float32 [tokens, width], each token's times its weight, float32 [tokens].
+    """Return the hidden states of one chunk, float32 [tokens, width], times the weights, float32 [tokens].
 
     All are then scaled so that the mean over the whole chunk is what it was: the rule "Original" of the web UI
     (sd_emphasis.py). A mean that is nothing but rounding, before or after, is left as it is (ROUNDING).

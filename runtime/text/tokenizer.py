@@ -20,6 +20,7 @@ Words = tuple[tuple[str, int], ...]
 """Words of textual inversion and how many vectors each stands for. Id −1 − i is vector i of all of them in order."""
 
 COMMA = ",</w>"
+"""Token of a comma that ends a word."""
 
 
 class PromptTokenizer:
@@ -35,11 +36,11 @@ class PromptTokenizer:
 
     @property
     def room(self) -> int:
-        """Tokens of a prompt beside start and end."""
+        """Return how many tokens of a prompt fit beside start and end."""
         return self._length - 2
 
     def __call__(self, prompt: str, words: Words = ()) -> np.ndarray:
-        """int64 [max_length]: start token, words, end token, padding. Text beyond the length is logged and dropped.
+        """Return int64 [max_length]: start token, words, end token, padding. Text beyond that is logged and dropped.
 
         Raises ValueError where one of `words` is a token already.
         """
@@ -50,7 +51,7 @@ class PromptTokenizer:
         return self._row([i for i, _ in tokens[:self.room]])
 
     def chunks(self, prompt: str, words: Words = ()) -> tuple[np.ndarray, np.ndarray]:
-        """ids int64 [n, max_length] and weights float32 [n, max_length] of a weighted prompt, in n ≥ 1 chunks.
+        """Return ids int64 and weights float32, both [n, max_length], of a weighted prompt, in n ≥ 1 chunks.
 
         Each chunk has a start and an end token and is padded, all of weight 1. Raises ValueError as `parse` does, and
         where one of `words` is a token already.
@@ -70,7 +71,7 @@ class PromptTokenizer:
         return np.array([self._start, *ids, self._end] + [self._pad] * (self.room - len(ids)), np.int64)
 
     def _units(self, text: str, words: Words) -> list[tuple[tuple[int, ...], int]]:
-        """Each token, and each of `words` with all its vectors, and where it begins in the text."""
+        """Return each token, or each of `words` with all its vectors, and where it begins in the text."""
         tokenizer = self._knowing(tuple(name for name, _ in words)) if words else self._tokenizer
         vectors, first = {}, 0
         for name, count in words:
@@ -89,7 +90,7 @@ class PromptTokenizer:
         return tokenizer
 
     def _extended(self, names: tuple[str, ...]) -> Tokenizer:
-        """One that takes each of `names` for a token, wherever it stands and in any case, as diffusers has it."""
+        """Return a tokenizer that takes each of `names` for a token, anywhere and in any case, as diffusers has it."""
         tokenizer = self._read()
         for name in names:
             if tokenizer.token_to_id(name) is not None:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from engines import Bundle
 from engines.bundle import write_manifest
 from runtime import Lora, Pipeline, Request
-from tests.runtime.tasks.test_tasks import picture
+from tests.tools.drawn import picture
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 

@@ -24,8 +24,9 @@ from runtime import Request
 from runtime.devices.bound import BoundEngine
 from runtime.devices.device import Device
 from runtime.devices.host import Host
-from runtime.loop.denoise import Job
 from runtime.loop.frames import Memory
+from runtime.loop.job import Job, Place
+from runtime.loop.loop import Loop
 from runtime.loop.noise import Generator
 from runtime.schedulers import make_table, names
 from tests.runtime.schedulers.test_schedulers import STABLE
@@ -47,6 +48,8 @@ class TorchHost(Host):
 class Deferred(TorchHost):
     """Everything that is enqueued waits in a queue. waits: how many entries were left behind by whom somebody waited
     for, at every wait."""
+
+    asynchronous = True
 
     def __init__(self) -> None:
         self.queue: list[Callable[[], None]] = []
@@ -226,7 +229,7 @@ def expected(job: Job, steps: int | None = None) -> np.ndarray:
 
 def waves(device: Device, number: int | None = None, kind: type[Wave] = Wave) -> Callable[..., BoundEngine]:
     """The bound UNet of so many rows and of a variant, made at its first use."""
-    kinds = {"": kind, "control": ControlledWave, "frames": FramedWave}
+    kinds: dict[str, type[Wave]] = {"": kind, "control": ControlledWave, "frames": FramedWave}
     bound: dict[tuple[int, str], BoundEngine] = {}
 
     def unet(rows: int, variant: str = "") -> BoundEngine:
@@ -236,6 +239,37 @@ def waves(device: Device, number: int | None = None, kind: type[Wave] = Wave) ->
         return bound[key]
 
     return unet
+
+
+class Waves:
+    """Engines of a loop: `waves` for every place, and `Ripple` for every ControlNet."""
+
+    def __init__(self, device: Device, number: int | None = None,
+                 unet: Callable[..., BoundEngine] | None = None) -> None:
+        self.unet = unet or waves(device, number)
+        self.nets: dict[str, Callable[..., BoundEngine]] = {}
+        self._device, self._number = device, number
+        self._unets: dict[object, Callable[..., BoundEngine]] = {}
+
+    def denoiser(self, place: Place, rows: int, variant: str) -> BoundEngine:
+        if place.lane not in self._unets:
+            self._unets[place.lane] = waves(self._device, self._number) if self._unets else self.unet
+        return self._unets[place.lane](rows, variant)
+
+    def net(self, name: str, place: Place, rows: int) -> BoundEngine:
+        if name not in self.nets:
+            self.nets[name] = waves(self._device, self._number, Ripple)
+        return self.nets[name](rows)
+
+
+def run(loop: Loop, jobs: list[Job]) -> list[Job]:
+    """Submit jobs and step the loop until all have ended; returns them in the order in which they did."""
+    for one in jobs:
+        loop.submit(one)
+    ended = []
+    while loop.busy:
+        ended += loop.step()
+    return ended
 
 
 def video(index: int, frames: int = 4, **options: Any) -> list[Job]:

@@ -2,7 +2,7 @@
 
     python -m tests.tools.emulated DRIVER KERNELS    from tests/runtime/devices/test_emulated.py, in a process whose libcuda.so.1 is DRIVER
 
-What is real: `runtime.devices.device.Cuda`, slots, graphs, `kernels.launch`, artefacts, cuda.core. What is not: the GPU, so
+What is real: `runtime.devices.cuda.Cuda`, slots, graphs, `kernels.launch`, artefacts, cuda.core. What is not: the GPU, so
 nothing is asynchronous, and the kernels, whose arguments are read as the GPU would and given to `kernels.host.ops`.
 """
 
@@ -24,12 +24,13 @@ from kernels.aot.artefact import artefacts
 from kernels.host import ops
 from kernels.host.step_table import width
 from runtime.devices.bound import BoundEngine
-from runtime.devices.device import Cuda
-from runtime.loop.denoise import denoise
-from runtime.loop.slots import Capacity, Slots
-from runtime.networks.decoder import Decoder
+from runtime.devices.cuda import Cuda
+from runtime.loop.job import Place
+from runtime.loop.loop import Loop
+from runtime.loop.slots import Capacity
+from runtime.networks.first_stage import PictureDecoder
 from tests.tolerances import SCHEDULER_REL
-from tests.tools.device_cases import Wave, expected, job, mixed
+from tests.tools.device_cases import Wave, Waves, expected, job, mixed, run
 
 LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_uint] * 3, ctypes.POINTER(ctypes.c_void_p))
 GRAPH = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_ssize_t)
@@ -138,14 +139,15 @@ class Picture(Engine):
         raise EngineError("refit: got weights, expected none: this engine has none")
 
 
-class Shares:
+class Shares(Wave):
     """An engine that can share its working memory."""
 
     def __init__(self, size: int) -> None:
+        super().__init__(1)
         self.workspace_bytes = size
 
-    def use_workspace(self, address: int) -> None:
-        self.address = address
+    def use_workspace(self, buffer: int) -> None:
+        self.address = buffer
 
 
 def array(address: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
@@ -169,7 +171,7 @@ def jobs_end_where_each_ends_alone(gpu: Gpu, kernels: Path) -> None:
             capacity = Capacity.of(jobs)
             gpu.memory = capacity.memory
             before = len(gpu.graphs)
-            denoise(waves(device, gpu), Slots(device, count, capacity), jobs, lambda done: None)
+            run(Loop(Waves(device, unet=waves(device, gpu)), count), jobs)
             for done, single in zip(jobs, alone, strict=True):
                 truth = expected(single)
                 assert np.abs(done.latents - truth).max() / np.abs(truth).max() < SCHEDULER_REL, (eager, count)
@@ -180,20 +182,20 @@ def jobs_end_where_each_ends_alone(gpu: Gpu, kernels: Path) -> None:
 
 def a_refit_reaches_what_was_captured(gpu: Gpu, kernels: Path) -> None:
     device = Cuda(0, kernels)
-    unet, slots = waves(device, gpu), Slots(device, 1, Capacity.of([job(0)]))
-    gpu.memory = slots.capacity.memory
-    denoise(unet, slots, [job(0)], lambda done: None)
+    engines = Waves(device, unet=waves(device, gpu))
+    loop, gpu.memory = Loop(engines, 1), Capacity.of([job(0)]).memory
+    run(loop, [job(0)])
     before = len(gpu.graphs)
-    unet(2).refit({"gain": np.array(0.5, np.float32)})
+    engines.denoiser(Place(), 2, "").refit({"gain": np.array(0.5, np.float32)})
     got, asked = job(0, seed=3), job(0, seed=3)
-    denoise(unet, slots, [got], lambda done: None)
+    run(loop, [got])
     asked.fixed["text"][:, 1, 2] *= 0.5
     np.testing.assert_allclose(got.latents, expected(asked), rtol=0, atol=1e-4)
     assert len(gpu.graphs) == before + 1
 
 
 def pictures_are_those_of_numpy(gpu: Gpu, kernels: Path) -> None:
-    decode = Decoder(BoundEngine(Picture(gpu), Cuda(0, kernels)))
+    decode = PictureDecoder(BoundEngine(Picture(gpu), Cuda(0, kernels)))
     for seed in range(3):
         latents = np.random.default_rng(seed).standard_normal((1, 4, 16, 12)).astype(np.float32)
         picture = np.empty((1, 16, 12, 3), np.uint8)

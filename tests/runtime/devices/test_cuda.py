@@ -18,12 +18,14 @@ from engines import EngineError
 from engines.machine.gpu import gpus
 from kernels.calls import OPS
 from runtime import Pipeline, Request
-from runtime.devices.device import Cuda
-from runtime.loop.denoise import Job, denoise
-from runtime.loop.slots import AHEAD, Capacity, Slots
+from runtime.devices.cuda import Cuda
+from runtime.loop.job import Job, Place
+from runtime.loop.lane import Lane
+from runtime.loop.loop import Loop
+from runtime.loop.slots import AHEAD
 from tests.conftest import Lazy, why_no_gpu
 from tests.tolerances import IMAGE_MAX, SCHEDULER_REL
-from tests.tools.device_cases import expected, expected_video, job, mixed, video, waves
+from tests.tools.device_cases import Wave, Waves, expected, expected_video, job, mixed, run, video
 
 pytestmark = pytest.mark.gpu
 SECOND = 1_500_000_000
@@ -47,18 +49,14 @@ def device(request: pytest.FixtureRequest, kernels: Path) -> Cuda:
     return Cuda(0, kernels, eager=request.param == "eager")
 
 
-def nothing(job: Job) -> None:
-    pass
-
-
-def run(device: Cuda, jobs: list[Job], count: int = 3) -> np.ndarray:
-    denoise(waves(device, 0), Slots(device, count, Capacity.of(jobs)), jobs, nothing)
+def latents(device: Cuda, jobs: list[Job], count: int = 3) -> np.ndarray:
+    run(Loop(Waves(device, 0), count), jobs)
     return np.stack([done.latents for done in jobs])
 
 
 def test_frames_of_a_video_end_where_they_end_one_after_another(device: Cuda) -> None:
     """What they leave for each other stays on the GPU."""
-    got = run(device, video(0, guidance=4.0, steps=5))
+    got = latents(device, video(0, guidance=4.0, steps=5))
     truth = np.stack(expected_video(video(0, guidance=4.0, steps=5)))
     assert np.abs(got - truth).max() / np.abs(truth).max() < SCHEDULER_REL
 
@@ -93,7 +91,7 @@ def test_what_is_uploaded_may_change_at_once(device: Cuda) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_jobs_that_differ_in_everything_end_where_each_ends_alone_in_numpy(device: Cuda, count: int) -> None:
     jobs, alone = mixed(), mixed()
-    run(device, jobs, count)
+    latents(device, jobs, count)
     for done, single in zip(jobs, alone, strict=True):
         truth = expected(single)
         error = np.abs(done.latents - truth).max() / np.abs(truth).max()
@@ -101,20 +99,22 @@ def test_jobs_that_differ_in_everything_end_where_each_ends_alone_in_numpy(devic
 
 
 def test_graphs_give_the_bits_that_eager_gives(kernels: Path) -> None:
-    eager, graphs = (run(Cuda(0, kernels, eager=eager), mixed()) for eager in (True, False))
+    eager, graphs = (latents(Cuda(0, kernels, eager=eager), mixed()) for eager in (True, False))
     np.testing.assert_array_equal(eager, graphs)
 
 
 def test_the_host_enqueues_steps_without_waiting(device: Cuda) -> None:
     """The GPU is kept busy first; the loop must get `AHEAD` steps further, noise and all, before that has ended."""
-    unet = waves(device, 0)
+    engines = Waves(device, 0)
     warm, timed = ([job(i, seed=i, steps=AHEAD - 1, scheduler="euler_ancestral") for i in range(2)] for _ in range(2))
-    slots = Slots(device, 2, Capacity.of(warm))
-    denoise(unet, slots, warm, nothing)
-    denoise(unet, slots, [job(3, seed=3, steps=AHEAD - 1)], nothing)
-    slots.clear()
-    for i, new in enumerate(timed):
-        slots.enter(i, new)
+    lane = Lane(engines, 2)
+    for group in (warm, [job(3, seed=3, steps=AHEAD - 1)]):
+        lane.admit(group)
+        while lane.active:
+            lane.prepare()
+            lane.launch()
+            lane.collect()
+    lane.admit(timed)
     device.mark()()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -122,37 +122,37 @@ def test_the_host_enqueues_steps_without_waiting(device: Cuda) -> None:
             torch.cuda._sleep(SECOND)
         busy = device.stream.record()
         for _ in range(timed[0].table.rows):
-            slots.step(unet(4), list(enumerate(timed)))
+            lane.prepare()
+            lane.launch()
         assert not busy.is_done, "a step waited for the GPU"
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for i, done in enumerate(timed):
-        slots.leave(i, done)
-    slots.collect()
+    lane.collect()
     for done in timed:
         again = job(done.request_index, seed=done.request_index, steps=AHEAD - 1, scheduler="euler_ancestral")
         np.testing.assert_allclose(done.latents, expected(again), rtol=0, atol=1e-4)
 
 
 def test_a_refit_reaches_what_was_captured(device: Cuda) -> None:
-    unet = waves(device, 0)
-    slots = Slots(device, 1, Capacity.of([job(0)]))
+    engines = Waves(device, 0)
+    loop = Loop(engines, 1)
     for seed in (1, 2):
-        denoise(unet, slots, [job(0, seed=seed)], nothing)
-    unet(2).refit({"gain": np.array(0.5, np.float32)})
+        run(loop, [job(0, seed=seed)])
+    engines.denoiser(Place(), 2, "").refit({"gain": np.array(0.5, np.float32)})
     got, asked = job(0, seed=3), job(0, seed=3)
-    denoise(unet, slots, [got], nothing)
+    run(loop, [got])
     asked.fixed["text"][:, 1, 2] *= 0.5
     np.testing.assert_allclose(got.latents, expected(asked), rtol=0, atol=1e-4)
 
 
 def test_engines_share_one_block_of_working_memory(device: Cuda) -> None:
-    class Shares:
+    class Shares(Wave):
         def __init__(self, size: int) -> None:
+            super().__init__(1)
             self.workspace_bytes = size
 
-        def use_workspace(self, address: int) -> None:
-            self.address = address
+        def use_workspace(self, buffer: int) -> None:
+            self.address = buffer
 
     sizes = (1000, 500, 1 << 20, 2000)
     sharing = [Shares(size) for size in sizes]

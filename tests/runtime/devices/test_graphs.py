@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from engines import EngineError
-from runtime.devices.device import Array, signature
+from runtime.devices.cuda import Array
+from runtime.devices.device import signature
 from runtime.devices.graphs import Graphs
 
 

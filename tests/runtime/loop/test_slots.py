@@ -14,21 +14,23 @@ from runtime import Pipeline, Request
 from runtime.devices.bound import BoundEngine, layout
 from runtime.devices.device import Device
 from runtime.devices.host import Host
-from runtime.loop.denoise import Job, denoise
-from runtime.loop.slots import AHEAD, Capacity, Slots
+from runtime.loop.job import Job
+from runtime.loop.loop import Loop
+from runtime.loop.slots import AHEAD, Capacity
 from runtime.request.control import Conditions
 from tests.conftest import Lazy
 from tests.tolerances import BATCH_IMAGE_MAX, SCHEDULER_REL
 from tests.tools.device_cases import (
     LATENT,
     Deferred,
-    Ripple,
     TorchHost,
     Wave,
+    Waves,
     expected,
     expected_video,
     job,
     mixed,
+    run,
     video,
     waves,
 )
@@ -41,10 +43,6 @@ def device(request: pytest.FixtureRequest) -> Device:
     return PLACES[request.param]()
 
 
-def nothing(job: Job) -> None:
-    pass
-
-
 def check(done: Job, truth: np.ndarray) -> None:
     error = np.abs(done.latents - truth).max() / np.abs(truth).max()
     assert error < SCHEDULER_REL, f"job {done.request_index}: {error:.1e}, expected less than {SCHEDULER_REL}"
@@ -55,13 +53,13 @@ def test_jobs_that_differ_in_everything_end_where_each_ends_alone(device: Device
     """They enter and leave at any step, so that slots hold any mixture, and the UNet of one row an image runs too."""
     jobs, alone = mixed(), mixed()
     assert {j.table.slots for j in jobs} == {0, 1, 3, 5} and any(j.table.draws.any() for j in jobs)
-    unet = waves(device)
-    denoise(unet, Slots(device, count, Capacity.of(jobs)), jobs, nothing)
+    engines = Waves(device)
+    run(Loop(engines, count), jobs)
     for done, single in zip(jobs, alone, strict=True):
         assert done.row == done.table.rows
         check(done, expected(single))
     if count == 1:
-        runs = {rows: len(cast(Wave, unet(rows).engine).rows_run) for rows in (1, 2)}
+        runs = {rows: len(cast(Wave, engines.unet(rows).engine).rows_run) for rows in (1, 2)}
         assert runs == {rows: sum(j.table.rows for j in alone if j.request.guided == (rows == 2)) for rows in (1, 2)}
 
 
@@ -86,8 +84,7 @@ def test_images_with_other_control_nets_end_where_each_ends_alone(device: Device
             for net in one.control.values():
                 net.time["timestep"][...] = one.time["timestep"]
     assert {tuple(sorted(j.control)) for j in jobs} == {(), ("late",), ("soft",), ("late", "soft")}
-    nets = {name: waves(device, kind=Ripple) for name in ("late", "soft")}
-    denoise(waves(device), Slots(device, 2, Capacity.of(jobs)), jobs, nothing, lambda name, rows: nets[name](rows))
+    run(Loop(Waves(device), 2), jobs)
     for done, single in zip(jobs, alone, strict=True):
         check(done, expected(single))
     without = mixed()
@@ -104,14 +101,14 @@ def test_frames_of_videos_end_where_they_end_one_after_another(device: Device, c
         return video(0, guidance=4.0, steps=5), video(1, guidance=1.0, scheduler="euler_ancestral"), others
 
     ours, truth = made(), made()
-    net, widths = waves(device, kind=Ripple), set()
+    widths = set()
 
-    def unet(rows: int, variant: str) -> BoundEngine:
+    def unet(rows: int, variant: str = "") -> BoundEngine:
         widths.add(sum(0 < one.row < one.table.rows for one in ours[0]))
         return waves_of(rows, variant)
 
     waves_of, jobs = waves(device), [*ours[0], *ours[2], *ours[1]]
-    denoise(unet, Slots(device, count, Capacity.of(jobs)), jobs, nothing, lambda name, rows: net(rows))
+    run(Loop(Waves(device, unet=unet), count), jobs)
     assert max(widths) >= min(count, 3), "frames of one video do not run side by side"
     for group in range(2):
         for done, latents in zip(ours[group], expected_video(truth[group]), strict=True):
@@ -126,17 +123,18 @@ def test_a_wrong_number_is_noticed(device: Device) -> None:
     """The mutation that must fail: one percent more of one input of the UNet that depends on the timestep."""
     jobs, alone = [job(0, seed=1)], job(0, seed=1)
     jobs[0].time["features"][:, 3] *= 1.01
-    denoise(waves(device), Slots(device, 2, Capacity.of(jobs)), jobs, nothing)
+    run(Loop(Waves(device), 2), jobs)
     with pytest.raises(AssertionError, match=r"job 0: .* expected less than"):
         check(jobs[0], expected(alone))
 
 
 def test_slots_are_used_again_by_other_jobs(device: Device) -> None:
     """Later calls with fewer jobs, shorter tables and other memory leave nothing of earlier ones."""
-    unet, slots = waves(device), Slots(device, 2, Capacity.of(mixed()))
+    loop = Loop(Waves(device), 2)
+    run(loop, mixed())
     for seeds in ((1, 2, 3), (4,)):
         jobs = [job(s, seed=s, steps=2 + s, scheduler="lms" if s % 2 else "euler_ancestral") for s in seeds]
-        denoise(unet, slots, jobs, nothing)
+        run(loop, jobs)
         for done in jobs:
             i = done.request_index
             check(done, expected(job(i, seed=i, steps=2 + i, scheduler="lms" if i % 2 else "euler_ancestral")))
@@ -152,7 +150,8 @@ def test_a_callback_sees_the_latents_of_its_step_and_can_stop(device: Device) ->
             seen.append(done.latents.copy())
             done.cancelled = done.row == 3
 
-    denoise(waves(device), Slots(device, 2, Capacity.of([watched, other])), [watched, other], after_step)
+    watched.after_step = other.after_step = after_step
+    run(Loop(Waves(device), 2), [watched, other])
     assert (watched.row, other.row) == (3, other.table.rows)
     for step, latents in enumerate(seen, 1):
         np.testing.assert_allclose(latents, expected(job(0, seed=5), step), atol=1e-4, rtol=0)
@@ -161,16 +160,20 @@ def test_a_callback_sees_the_latents_of_its_step_and_can_stop(device: Device) ->
 
 
 def test_after_an_exception_the_slots_are_empty_again(device: Device) -> None:
-    unet, slots = waves(device), Slots(device, 2, Capacity.of([job(0)]))
+    loop = Loop(Waves(device), 2)
 
     def fail(done: Job) -> None:
         if done.row == 2:
             raise RuntimeError("mine")
 
+    failing = [job(0), job(1)]
+    for one in failing:
+        one.after_step = fail
     with pytest.raises(RuntimeError, match="mine"):
-        denoise(unet, slots, [job(0), job(1)], fail)
+        run(loop, failing)
     after = job(2, seed=9)
-    denoise(unet, slots, [after], nothing)
+    assert run(loop, [after]) == [*failing, after]
+    assert all(isinstance(one.error, RuntimeError) for one in failing) and after.error is None
     check(after, expected(job(2, seed=9)))
 
 
@@ -178,11 +181,11 @@ def test_the_host_waits_for_no_step_that_it_has_just_enqueued() -> None:
     """Only for one so far back that the device has work left; what a job ends with is fetched when all have ended."""
     device = Deferred()
     jobs = [job(i, seed=i, steps=12, scheduler="euler_ancestral") for i in range(2)]
-    slots = Slots(device, 2, Capacity.of(jobs))
     behind: list[int] = []
-    before = len(device.waits)
-    denoise(waves(device), slots, jobs, lambda done: behind.append(len(device.waits)))
-    during = device.waits[before:behind[-1]]
+    for one in jobs:
+        one.after_step = lambda done: behind.append(len(device.waits))
+    run(Loop(Waves(device), 2), jobs)
+    during = device.waits[:behind[-1]]
     rows = jobs[0].table.rows
     uploads = 2  # the noise of both jobs, between one step and the next
     assert during == [AHEAD * (1 + uploads)] * (rows - AHEAD)
@@ -211,7 +214,7 @@ def test_a_pipeline_draws_the_same_through_torch_operators(bundles: Lazy, monkey
                 Request("a hill", seed=3, steps=3, guidance_rescale=0.5)]
     pictures: list[np.ndarray] = []
     for place in (Host, TorchHost):
-        monkeypatch.setattr("runtime.pipeline.Host", place)
+        monkeypatch.setattr("runtime.networks.shelf.Host", place)
         results = Pipeline.load(bundles["sd1"], "onnxruntime", size=(64, 64))(requests)
         pictures.append(np.stack([np.asarray(image) for result in results for image in result.images]))
     difference = np.abs(pictures[0].astype(int) - pictures[1])

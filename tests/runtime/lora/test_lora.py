@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import engines
-from engines import Bundle, EngineError, store
+from engines import Bundle, EngineError, Target, store
 from engines.check import refit as verify_refit
 from engines.check import verify
 from engines.onnx.initializers import values
@@ -106,7 +106,7 @@ def draw_reference(pipe, adapters: dict) -> np.ndarray:
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"a{n}")
     pipe.set_adapters([f"a{n}" for n in range(len(adapters))], list(adapters.values()))
     try:
-        return pipe(REQUEST.prompt, negative_prompt=REQUEST.negative_prompt, height=64, width=64,
+        return pipe(REQUEST.prompt, negative_prompt=REQUEST.negative_prompt, size=(64, 64),
                     num_inference_steps=REQUEST.steps, guidance_scale=REQUEST.guidance, output_type="np",
                     generator=torch.Generator("cpu").manual_seed(REQUEST.seed)).images
     finally:
@@ -192,16 +192,16 @@ def test_openvino_cuts_new_weights_where_it_cuts_the_old(bundles, dtype):
         pytest.skip(f"no {dtype} here")
     bundle = Bundle.open(bundles["sd1"])
     config = bundle.config("unet_body", backend="openvino", dtype=dtype, batch=2, size=(64, 64))
-    onnx, component = bundle.path / "unet_body.onnx", bundle.component("unet_body")
+    target = Target.of(bundle, "unet_body", config)
     rng, weights = np.random.default_rng(4), {}
-    for name, base in values(onnx).items():
+    for name, base in values(target.onnx).items():
         if name.endswith("ff.net.0.proj.weight"):
             up, down = (rng.standard_normal(shape).astype(np.float32) for shape in ((len(base), 2), (2, base.shape[1])))
             weights[name] = LowRank(base, 0.5 * up, down)
     engine = store.load(bundle, "unet_body", config)
     feed = verify.inputs(engine.inputs.values(), 5)
     before = verify.run(engine, feed)["noise_pred"].copy()
-    figures = verify_refit.compare(engine, onnx, component, config, weights, 5)
+    figures = verify_refit.compare(engine, target, weights, 5)
     change = verify.run(engine, feed)["noise_pred"] - before
     assert np.sqrt((change**2).mean() / (before**2).mean()) > 10 * figures.rel_rms
 
@@ -210,18 +210,16 @@ def test_only_weights_that_differ_are_refitted(bundles, peft, kohya):
     """Of each component its own; and a swap touches what either of two sets changes."""
     loras, engine = Loras(Bundle.open(bundles["sd1"])), Noted()
     base = values(bundles["sd1"] / "unet_text.onnx")
-    loras.use([Lora(str(peft))])
-    assert loras.fit("unet_text", engine) is engine and loras.fit("unet_text", engine) is engine
+    stack = loras.read([Lora(str(peft))])
+    assert loras.fit("unet_text", engine, stack) is engine and loras.fit("unet_text", engine, stack) is engine
     (first,) = engine.calls
     assert set(first) == set(base) == {name for name in base if re.search(r"attn2\.to_[kv]\.weight", name)}
-    assert loras.fit("vae_decoder", Noted()).calls == [] and loras.fit("text_encoder", Noted()).calls == []
-    loras.use([])
-    loras.fit("unet_text", engine)
+    assert loras.fit("vae_decoder", Noted(), stack).calls == [] and loras.fit("text_encoder", Noted(), stack).calls == []
+    loras.fit("unet_text", engine, ())
     assert set(engine.calls[1]) == set(first)
     assert all(np.array_equal(engine.calls[1][name], base[name]) for name in first)
     assert not any(np.array_equal(first[name], base[name]) for name in first)
-    loras.use([Lora(str(kohya), text_scale=0.5)])
-    text = loras.fit("text_encoder", Noted())
+    text = loras.fit("text_encoder", Noted(), loras.read([Lora(str(kohya), text_scale=0.5)]))
     assert len(text.calls) == 1 and all(re.fullmatch(TEXT, name.removesuffix(".weight")) for name in text.calls[0])
 
 
@@ -231,11 +229,9 @@ def test_an_engine_that_cannot_be_refitted_stays_usable(bundles, peft):
             raise EngineError("this engine keeps its weights")
 
     loras, engine = Loras(Bundle.open(bundles["sd1"])), Fixed()
-    loras.use([Lora(str(peft))])
     with pytest.raises(EngineError, match="keeps its weights"):
-        loras.fit("unet_body", engine)
-    loras.use([])
-    assert loras.fit("unet_body", engine) is engine
+        loras.fit("unet_body", engine, loras.read([Lora(str(peft))]))
+    assert loras.fit("unet_body", engine, ()) is engine
 
 
 class Noted:
@@ -359,17 +355,16 @@ GOOD = {f"{QUERY}.lora_A.weight": np.ones((2, 64), np.float32), f"{QUERY}.lora_B
 def test_files_that_do_not_fit_are_refused(bundles, tmp_path, tensors, message):
     loras = Loras(Bundle.open(bundles["sd1"]))
     with pytest.raises(ValueError, match=message):
-        loras.check([Lora(write(tmp_path / "lora", tensors))])
+        loras.read([Lora(write(tmp_path / "lora", tensors))])
 
 
 def test_unmatched_keys_can_be_left_out(bundles, tmp_path):
     path = write(tmp_path / "lora", {**GOOD, "unet.nothing.to_q.lora_A.weight": DOWN})
     loras, engine = Loras(Bundle.open(bundles["sd1"])), Noted()
-    loras.use([Lora(path, strict=False)])
-    loras.fit("unet", engine)
+    loras.fit("unet", engine, loras.read([Lora(path, strict=False)]))
     assert [name.removesuffix(".weight") for name in engine.calls[0]] == [QUERY.removeprefix("unet.")]
     with pytest.raises(ValueError, match="no weight of this"):
-        loras.use([Lora(write(tmp_path / "none", {"unet.nothing.to_q.lora_A.weight": DOWN}), strict=False)])
+        loras.read([Lora(write(tmp_path / "none", {"unet.nothing.to_q.lora_A.weight": DOWN}), strict=False)])
 
 
 def test_what_is_no_lora_file_is_refused_before_any_work(ours, tmp_path):

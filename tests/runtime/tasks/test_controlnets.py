@@ -23,8 +23,8 @@ from runtime import Control, Pipeline, Request
 from runtime.__main__ import main
 from runtime.pictures.hints import canny
 from runtime.pictures.save import metadata
-from tests.runtime.tasks.test_tasks import IMAGE, MASK, SIZE, assert_same, drawn_by, picture, request_of
 from tests.tolerances import BATCH_IMAGE_MAX
+from tests.tools.drawn import IMAGE, MASK, SIZE, assert_same, drawn_by, picture, request_of
 
 HINT, OTHER = picture(*SIZE, seed=1), picture(40, 90, seed=2)
 

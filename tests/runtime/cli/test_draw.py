@@ -1,10 +1,12 @@
 """`python -m runtime` as a user calls it."""
 
 import functools
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -60,6 +62,23 @@ def test_json_tells_why_a_backend_was_chosen(draw, capsys):
     assert "UNet call" in (why := json.loads(capsys.readouterr().out)["chosen"]) or why == "asked for"
     assert draw("--json", "--force", "--dtype", "auto", "-v") == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "fp32"
+
+
+def test_what_follows_from_a_request_is_worked_out_once(draw, monkeypatch):
+    """Task, sampler table and what `auto` means, for the bundle, the engines and the report together."""
+    calls = Counter()
+
+    def counted(name, function):
+        def call(*args, **options):
+            calls[name] += 1
+            return function(*args, **options)
+        return call
+
+    for place, name in (("request.plan", "task_of"), ("request.plan", "table_of"), ("config", "choose")):
+        module = importlib.import_module(f"runtime.{place}")
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    assert draw() == 0
+    assert calls == {"task_of": 1, "table_of": 1, "choose": 1}
 
 
 def test_rebuild_replaces_engines_of_another_version(draw, bundles, tmp_path, capsys, monkeypatch):
