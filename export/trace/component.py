@@ -1,4 +1,4 @@
-"""One of the checkpoint's modules: load it, trace it, save it, and compare the saved graph with PyTorch."""
+"""One of a model's modules as components of a bundle: loaded, traced, saved, and compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -7,133 +7,179 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from diffusers.utils import logging as diffusers_logging
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from engines.backend import Target
 from engines.bundle import Check, Component, hash_files
 from engines.check import verify
-from engines.spec import EngineConfig, EngineError
+from engines.spec import EngineConfig, EngineError, TensorSpec
 from export.errors import ExportError
-from export.families.stable_diffusion import Graph, graphs
-from export.families.variants import variants
-from export.passes.hoist import Part, hoist
-from export.sources.addition import Addition
-from export.sources.checkpoint import Checkpoint
+from export.families.family import Model
+from export.passes.hoist import hoist
+from export.trace.sites import check_sites, count_sites
 from export.trace.trace import trace
+from export.trace.traced_module import Extension, TracedModule
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("load", "trace", "save", "check")
-"""Of each component."""
+"""Stages of the export of one module."""
 
 REFERENCE = "PyTorch eager, float32"
 
 SEED = 1234
-"""Of the inputs that a graph is checked with."""
+"""Seed of the inputs that a graph is checked with."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-
-def precision(name: str, checkpoint: Checkpoint | Addition, dtype: str) -> str:
-    """What component `name` has in a bundle of `dtype`: bf16 instead of fp16 for a VAE that overflows that."""
-    return "bf16" if dtype == "fp16" and name.startswith("vae") and checkpoint.vae_overflows else dtype
+Arrays = Mapping[str, np.ndarray]
 
 
-def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, directory: Path,
+class Saved(NamedTuple):
+    """A graph that was saved: what goes in and comes out, and its kernel sites (op type → count)."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sites: dict[str, int]
+
+
+class Truth(NamedTuple):
+    """What a graph is compared with. feed: inputs by name. expected: variant ("" for the plain graph) → outputs."""
+
+    feed: dict[str, np.ndarray]
+    expected: dict[str, dict[str, np.ndarray]]
+
+
+def export_components(model: Model, dtype: str, directory: Path, progress: bool = True) -> dict[str, Component]:
+    """Write all of a model's components into `directory`, and check them; returns them by name.
+
+    dtype: of the bundle. progress: draw a bar if stderr is a terminal. Raises ExportError.
+    """
+    names = tuple(model.modules)
+    with tqdm(total=len(STAGES) * len(names), disable=None if progress else True, leave=False, unit="stage") as stages:
+        def on_stage(name: str) -> None:
+            stages.set_description(name)
+            stages.update()
+
+        components: dict[str, Component] = {}
+        for name in names:
+            components |= export_component(name, model, model.precision(name, dtype), directory, on_stage)
+    return components
+
+
+def export_component(name: str, model: Model, dtype: str, directory: Path,
                      on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Component]:
     """Write `directory`/`name`.onnx and `name`.onnx.data, and check them; `on_stage` hears of each of STAGES.
 
-    Returns the component by its name, and the parts of `export.passes.hoist` by theirs; of a UNet also the
-    `export.families.variants`. Only one component's weights are in memory at a time, and PyTorch's are gone before onnxruntime
-    reads the file.
-    Raises ExportError where the graph is further from PyTorch than `engines.check.verify.TOLERANCE`.
+    Returns the component by its name, and by theirs the parts of `export.passes.hoist` and the module's extensions.
+    Only one module's weights are in memory at a time, and PyTorch's are gone before onnxruntime reads the file. Raises
+    ExportError where a graph is further from PyTorch than `engines.check.verify.TOLERANCE`.
     """
     on_stage(f"{name}: load")
-    graph = _load(name, checkpoint)
-    dims = _dims(checkpoint, check=True)
-    inputs = graph.example(dims, SEED)
-    others = variants(graph.model) if name == "unet" else ()
-    given = {spec.name: spec.resolve(EngineConfig("", **dims).dims) for other in others for spec in other.inputs}
-    added = verify.inputs(given.values(), SEED)
-    expected = {"": _run(graph, inputs)}
-    for other in others:
-        with other.eager(graph.model, {n: torch.from_numpy(value) for n, value in added.items()}) as more:
-            outputs = _run(graph, inputs)
-        expected[other.key] = outputs | {n: value.detach().numpy() for n, value in more.items()}
-
+    with _no_progress_bars():
+        module = model.modules[name]().eval()
+    extensions, dims = module.extensions, model.sizes(check=True)
+    truth = _truth(module, extensions, dims)
     on_stage(f"{name}: trace")
-    graph.to(_DTYPES[dtype])
-    model, sites = trace(graph, _dims(checkpoint, check=False))
-
+    traced = trace(module.to(_DTYPES[dtype]), module.example(model.sizes(check=False), seed=0))
+    check_sites(traced.graph, module)
     on_stage(f"{name}: save")
-    file = directory / f"{name}.onnx"
-    ir.save(model, file, external_data=f"{name}.onnx.data")
-    specs, invariant, shapes = (graph.inputs, graph.outputs), graph.invariant, graph.shapes
-    for value in model.graph.initializers.values():
-        value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
-    del graph, model
-    cut = hoist(file, invariant, *specs, shapes) if invariant else {}
-    parts = [f"{name}_{part}" for part in cut]
-    made = {name: Part(*specs, sites), **dict(zip(parts, cut.values(), strict=True))}
-    for other in others:
-        for plain in (name, *parts[-1:]):
-            base, target = (plain.replace(name, _variant(name, key), 1) for key in (other.base, other.key))
-            sites = other.write(directory / f"{base}.onnx", directory / f"{target}.onnx")
-            made[target] = Part((*made[plain].inputs, *other.inputs), (*made[plain].outputs, *other.outputs), sites)
-
+    graphs, parts = _write(traced, module, directory / f"{name}.onnx")
+    del module, traced
+    for extension in extensions:
+        graphs |= _extend(extension, name, graphs, parts[-1:], directory)
     on_stage(f"{name}: check")
-    feed = {spec.name: value.numpy() for spec, value in zip(specs[0], inputs, strict=True)} | added
-    weights = hash_files(directory, [f"{file.name}.data"])
+    return _checked(name, graphs, parts, dtype, directory, dims, truth)
 
-    def checked(names: Sequence[str], expected: dict[str, np.ndarray], reference: str) -> dict[str, Component]:
+
+def _truth(module: TracedModule, extensions: Sequence[Extension], dims: Mapping[str, Any]) -> Truth:
+    """Draw inputs and run PyTorch on them, as it is and as each extension has it."""
+    inputs = module.example(dims, SEED)
+    resolved = EngineConfig("", **dims).dims
+    given = {spec.name: spec.resolve(resolved) for extension in extensions for spec in extension.inputs}
+    added = verify.inputs(given.values(), SEED)
+    expected = {"": _outputs(module, inputs)}
+    for extension in extensions:
+        with extension.eager(module.model, {n: torch.from_numpy(value) for n, value in added.items()}) as more:
+            found = _outputs(module, inputs)
+        expected[extension.variant] = found | {n: value.detach().numpy() for n, value in more.items()}
+    feed = {spec.name: value.numpy() for spec, value in zip(module.inputs, inputs, strict=True)}
+    return Truth(feed | added, expected)
+
+
+def _outputs(module: TracedModule, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
+    return {spec.name: value.numpy() for spec, value in zip(module.outputs, module.run(inputs), strict=True)}
+
+
+def _write(traced: ir.Model, module: TracedModule, file: Path) -> tuple[dict[str, Saved], list[str]]:
+    """Save a traced module and the parts that it is cut into; returns all by name, and the names of the parts."""
+    ir.save(traced, file, external_data=f"{file.name}.data")
+    graphs = {file.stem: Saved(module.inputs, module.outputs, count_sites(traced.graph))}
+    for value in traced.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
+    if not module.invariant:
+        return graphs, []
+    cut = hoist(ir.load(file), module.invariant, module.inputs, module.outputs, module.shapes)
+    parts = {f"{file.stem}_{name}": part for name, part in cut.items()}
+    for name, part in parts.items():
+        ir.save(part.model, file.with_name(f"{name}.onnx"))
+        graphs[name] = Saved(part.inputs, part.outputs, count_sites(part.model.graph))
+    return graphs, list(parts)
+
+
+def _extend(extension: Extension, name: str, graphs: Mapping[str, Saved], body: Sequence[str],
+            directory: Path) -> dict[str, Saved]:
+    """Save what an extension makes of the graph `name` and of its body."""
+    made = {}
+    for plain in (name, *body):
+        base, target = (_named(plain, name, variant) for variant in (extension.base, extension.variant))
+        model = ir.load(directory / f"{base}.onnx")
+        count = extension.rewrite(model)
+        ir.save(model, directory / f"{target}.onnx")
+        logger.info("%s: %d places rewritten in %s", target, count, base)
+        graph = graphs[plain]
+        made[target] = Saved((*graph.inputs, *extension.inputs), (*graph.outputs, *extension.outputs),
+                             count_sites(model.graph))
+    return made
+
+
+def _named(plain: str, name: str, variant: str) -> str:
+    """Return the name of a variant of graph `plain`, which is `name` or a part of it."""
+    return plain.replace(name, f"{name}_{variant}", 1) if variant else plain
+
+
+def _checked(name: str, graphs: Mapping[str, Saved], parts: Sequence[str], dtype: str, directory: Path,
+             dims: Mapping[str, Any], truth: Truth) -> dict[str, Component]:
+    """Compare every graph with PyTorch, the parts of each together; returns the components by name."""
+    weights = hash_files(directory, [f"{name}.onnx.data"])
+
+    def checked(names: Sequence[str], expected: Arrays, reference: str) -> dict[str, Component]:
         unchecked = Check("not checked", SEED, 0.0, 0.0)
-        found = {n: Component(f"{n}.onnx", hash_files(directory, [f"{n}.onnx"]) | weights, dtype, *made[n], unchecked)
+        found = {n: Component(f"{n}.onnx", hash_files(directory, [f"{n}.onnx"]) | weights, dtype, *graphs[n], unchecked)
                  for n in names}
-        check = _check(list(found.values()), directory, dims, feed, expected, reference)
+        check = _check(list(found.values()), directory, dims, truth.feed, expected, reference)
         logger.info("%s: %s, relative RMS %.1e", ", ".join(names), dtype, check.rel_rms)
         return {n: dataclasses.replace(component, check=check) for n, component in found.items()}
 
     components: dict[str, Component] = {}
-    for key, outputs in expected.items():
-        whole = _variant(name, key)
-        components |= checked([whole], outputs, REFERENCE)
+    for variant, outputs in truth.expected.items():
+        components |= checked([_named(name, name, variant)], outputs, REFERENCE)
         if parts:
-            found = checked([*parts[:-1], f"{whole}_body"], outputs, f"{REFERENCE}, the parts together")
+            together = [*parts[:-1], _named(parts[-1], name, variant)]
+            found = checked(together, outputs, f"{REFERENCE}, the parts together")
             components |= {n: component for n, component in found.items() if n not in components}
     return components
 
 
-def _variant(name: str, key: str) -> str:
-    return f"{name}_{key}" if key else name
-
-
-def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
-    with torch.no_grad():
-        return {spec.name: value.numpy() for spec, value in zip(graph.outputs, graph.run(inputs), strict=True)}
-
-
-def _load(name: str, checkpoint: Checkpoint | Addition) -> Graph:
-    graph = (checkpoint.graphs if isinstance(checkpoint, Addition) else graphs(checkpoint))[name]
-    with _no_progress_bars():
-        return graph(checkpoint.load(graph.source), cast(Checkpoint, checkpoint)).eval()
-
-
-def _dims(checkpoint: Checkpoint | Addition, check: bool) -> dict[str, Any]:
-    """Sizes to trace at and, different in every one, to check at: what was fixed by mistake shows."""
-    unit, factor, length = checkpoint.multiple, checkpoint.factor, checkpoint.max_length
-    batch, height, width, sequence = (3, unit, 2 * unit, length) if check else (2, 3 * unit, 4 * unit, 2 * length)
-    return {"batch": batch, "latent_height": height, "latent_width": width, "height": height * factor,
-            "width": width * factor, "sequence": sequence}
-
-
-def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any], feed: dict[str, np.ndarray],
-           expected: dict[str, np.ndarray], reference: str) -> Check:
+def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any], feed: Arrays,
+           expected: Arrays, reference: str) -> Check:
     """Run saved graphs, one after another, in onnxruntime on the CPU, widened to float32 if they are of 16 bits.
 
     What is then measured is the graph and the rounding of its weights: the CPU has no kernels for most 16-bit
@@ -153,7 +199,7 @@ def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any],
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """The libraries draw their own bars under ours; both settings are global, so they are put back."""
+    """Switch off the bars that the libraries draw under ours; both settings are global, so they are put back."""
     enabled = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     for log in enabled:
         log.disable_progress_bar()
