@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -14,7 +15,7 @@ from export.families.family import Family
 from export.sources.open import open_checkpoint
 
 
-def opened(path: Path, **options: object) -> Family:
+def opened(path: Path, **options: Any) -> Family:
     """The model of a checkpoint, before its weights are read."""
     return open_model(open_checkpoint(path, **options))
 
