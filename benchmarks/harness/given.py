@@ -42,8 +42,8 @@ def engines_of(job: Job, bundle: Bundle, backend: str, dtype: str, *, whole: boo
     """
     parts = job.component == "unet" and not whole and store.in_parts(bundle, backend)
     names = ("unet_text", "unet_time", "unet_body") if parts else (job.component,)
-    return {name: bundle.config(name, backend=backend, dtype=dtype, batch=rows(job), height=job.height,
-                                width=job.width, **rest) for name in names}
+    return {name: bundle.config(name, backend=backend, dtype=dtype, batch=rows(job),
+                                size=(job.height, job.width), **rest) for name in names}
 
 
 def configure_compiler(job: Job) -> None:

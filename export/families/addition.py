@@ -43,7 +43,8 @@ class Addition:
         return self.module.weights
 
     def sizes(self, check: bool) -> dict[str, int]:
-        return latent_sizes(self.manifest.latent, max(text.max_length for text in self.manifest.text), check)
+        return latent_sizes(self.manifest.latent, self.manifest.dims,
+                            max(text.max_length for text in self.manifest.text), check)
 
     def precision(self, component: str, dtype: str) -> str:
         if component not in ("vae_decoder", "vae_encoder"):

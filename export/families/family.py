@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from transformers import CLIPTokenizer
 
-from engines.bundle import Component, LatentSpec, Manifest
+from engines.bundle import Component, DimSpec, LatentSpec, Manifest, resolve_dims
 from export.sources.checkpoint import Checkpoint
 from export.trace.traced_module import TracedModule
 
@@ -76,9 +76,12 @@ class Family(Model, Protocol):
         ...
 
 
-def latent_sizes(latent: LatentSpec, tokens: int, check: bool) -> dict[str, int]:
-    """Return `Model.sizes` of a model that draws latents and is given text of `tokens` a prompt."""
-    unit = latent.multiple
+def latent_sizes(latent: LatentSpec, dims: Mapping[str, DimSpec], tokens: int, check: bool) -> dict[str, int]:
+    """Return `Model.sizes` of a model that draws latents and is given text of `tokens` a prompt.
+
+    dims: the dimensions that follow from others.
+    """
+    unit = latent.multiple * latent.factor
     batch, height, width, sequence = (3, unit, 2 * unit, tokens) if check else (2, 3 * unit, 4 * unit, 2 * tokens)
-    return {"batch": batch, "latent_height": height, "latent_width": width, "height": height * latent.factor,
-            "width": width * latent.factor, "sequence": sequence}
+    given = {"batch": batch, "height": height, "width": width, "sequence": sequence}
+    return resolve_dims([*given, *dims], given, dims)

@@ -16,6 +16,7 @@ from export.errors import ExportError
 from export.families import autoencoder
 from export.families.autoencoder import VAEDecoder, VAEEncoder
 from export.families.family import latent_sizes
+from export.families.manifest import dims
 from export.families.text_encoders import FirstXLTextEncoder, SecondXLTextEncoder, TextEncoder
 from export.families.unet import UNet
 from export.sources.checkpoint import Checkpoint
@@ -212,7 +213,7 @@ class StableDiffusion:
         return {TOKENIZERS[text.name]: text.tokenizer for text in self.texts}
 
     def sizes(self, check: bool) -> dict[str, int]:
-        return latent_sizes(self.latent, self.max_length, check)
+        return latent_sizes(self.latent, dims(self.latent.factor, self.latent.multiple), self.max_length, check)
 
     def precision(self, component: str, dtype: str) -> str:
         if component not in ("vae_decoder", "vae_encoder"):
@@ -232,4 +233,5 @@ class StableDiffusion:
             latent=self.latent, text=texts, default_size=self.default_size,
             extra_channels=tuple(ExtraChannels(*extra) for extra in self.extra_channels.items()),
             low_res_scheduler=self.low_res_scheduler, max_noise_level=self.max_noise_level,
-            zero_negative=self.zero_negative, files=files, provenance=provenance)
+            zero_negative=self.zero_negative, dims=dims(self.latent.factor, self.latent.multiple), files=files,
+            provenance=provenance)

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -99,11 +99,10 @@ def export_component(name: str, model: Model, dtype: str, directory: Path,
     return _checked(name, graphs, parts, dtype, directory, dims, truth)
 
 
-def _truth(module: TracedModule, extensions: Sequence[Extension], dims: Mapping[str, Any]) -> Truth:
+def _truth(module: TracedModule, extensions: Sequence[Extension], dims: Mapping[str, int]) -> Truth:
     """Draw inputs and run PyTorch on them, as it is and as each extension has it."""
     inputs = module.example(dims, SEED)
-    resolved = EngineConfig("", **dims).dims
-    given = {spec.name: spec.resolve(resolved) for extension in extensions for spec in extension.inputs}
+    given = {spec.name: spec.resolve(dims) for extension in extensions for spec in extension.inputs}
     added = verify.inputs(given.values(), SEED)
     expected = {"": _outputs(module, inputs)}
     for extension in extensions:
@@ -156,7 +155,7 @@ def _named(plain: str, name: str, variant: str) -> str:
 
 
 def _checked(name: str, graphs: Mapping[str, Saved], parts: Sequence[str], dtype: str, directory: Path,
-             dims: Mapping[str, Any], truth: Truth) -> dict[str, Component]:
+             dims: Mapping[str, int], truth: Truth) -> dict[str, Component]:
     """Compare every graph with PyTorch, the parts of each together; returns the components by name."""
     weights = hash_files(directory, [f"{name}.onnx.data"])
 
@@ -178,7 +177,7 @@ def _checked(name: str, graphs: Mapping[str, Saved], parts: Sequence[str], dtype
     return components
 
 
-def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any], feed: Arrays,
+def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, int], feed: Arrays,
            expected: Arrays, reference: str) -> Check:
     """Run saved graphs, one after another, in onnxruntime on the CPU, widened to float32 if they are of 16 bits.
 
@@ -190,7 +189,7 @@ def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any],
         for part in parts:
             given = {spec.name: arrays[spec.name] for spec in part.inputs}
             arrays |= verify.run_reference(
-                Target(directory, part.file, part, EngineConfig("onnxruntime", **dims)), given)
+                Target(directory, part.file, part, EngineConfig("onnxruntime", dims)), given)
         what = f"{', '.join(part.file for part in parts)} in {parts[0].dtype}"
         return verify.compare(arrays, expected, parts[0].dtype, what, SEED, reference)
     except EngineError as e:

@@ -30,6 +30,7 @@ from torch import nn
 
 import engines
 from engines import Bundle, EngineConfig
+from engines.backend import Target
 from engines.check import verify
 from engines.spec import TensorSpec
 from engines.store import store
@@ -62,7 +63,7 @@ def test_latent_sizes(bundles, name, latents):
     """Of 512x512, 512x768 and 768x768 pictures, of the upscaler's 512x512, and of 480x640, as it is or padded."""
     bundle = Bundle.open(bundles[name])
     height, width = (side * bundle.manifest.latent.factor for side in latents)
-    config = bundle.config("unet_body", backend="openvino", batch=1, height=height, width=width)
+    config = bundle.config("unet_body", backend="openvino", batch=1, size=(height, width))
     record = store.Record.read(store.build(bundle, "unet_body", config), "")
     assert record.check.rel_rms < ENGINE_REL_RMS["fp32"]
     assert {spec.resolve(config.dims).shape[2:] for spec in bundle.component("unet_body").outputs} == {latents}
@@ -72,7 +73,7 @@ def test_batches(bundles):
     """The rows that one, two and three pictures have, with guidance and without."""
     bundle = Bundle.open(bundles["sd2"])
     plan = store.plan(bundle, "openvino", sizes=[(64, 64)], batches=[1, 2, 3], components=["unet_body"])
-    assert sorted(config.batch for _, config in plan) == [1, 2, 3, 4, 6]
+    assert sorted(config.dims["batch"] for _, config in plan) == [1, 2, 3, 4, 6]
     for name, config in plan:
         assert store.Record.read(store.build(bundle, name, config), "").check.rel_rms < ENGINE_REL_RMS["fp32"]
 
@@ -134,10 +135,11 @@ def test_networks_of_other_models(tmp_path, name):
     sizes = {"sequence": 2 * CONDITION - 1} if name == "gpt" else {}
     results = {"inductor": in_torch(file, feed)}
     for backend in ("onnxruntime", "openvino"):
-        config, directory = EngineConfig(backend, batch=1, **sizes), tmp_path / backend
+        config, directory = EngineConfig(backend, {"batch": 1, **sizes}), tmp_path / backend
+        target = Target(tmp_path, name, component, config)
         directory.mkdir()
-        engines.backend(backend).build(file, component, config, directory)
-        results[backend] = verify.run(engines.backend(backend).load(file, component, config, directory), feed)
+        engines.backend(backend).build(target, directory)
+        results[backend] = verify.run(engines.backend(backend).load(target, directory), feed)
     for backend, got in results.items():
         for output, truth in expected.items():
             if output == "codes":
