@@ -69,8 +69,9 @@ def _net(module: SingleModule, bundle: Bundle, name: str | None, encoder: bool) 
     require_same_residuals(str(module.path), module.config, bundle)
     if encoder:
         raise ExportError(f"{module.path}: got --encoder for a ControlNet, which has none; leave it out")
-    key = CONTROL + _net_name(module.path, name)
-    return Addition(module, key, {key: lambda: ControlNet(module.load())}, bundle.manifest)
+    label = _net_name(module.path, name)
+    return Addition(module, CONTROL + label, {CONTROL + label: lambda: ControlNet(module.load(), label)},
+                    bundle.manifest)
 
 
 def _net_name(path: Path, name: str | None) -> str:

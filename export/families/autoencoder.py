@@ -18,6 +18,8 @@ class VAEDecoder(TracedModule):
     """Latents as the UNet knows them → picture, nominally in [-1, 1] and not clamped."""
 
     source = "vae"
+    role = "first_stage_decoder"
+    rows = 1  # at a time: no slower than several, and in the memory of one
 
     def __init__(self, model: nn.Module, latent: LatentSpec) -> None:
         super().__init__(model)
@@ -38,6 +40,8 @@ class VAEEncoder(TracedModule):
     """Picture in [-1, 1] → mean and std of its latents as the UNet knows them: latents = mean + std · noise."""
 
     source = "vae"
+    role = "first_stage_encoder"
+    rows = 1
 
     def __init__(self, model: nn.Module, latent: LatentSpec) -> None:
         super().__init__(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from engines.bundle import RESIDUAL, Bundle
 from engines.spec import TensorSpec
 from export.errors import ExportError
 from export.families.levels import residual_specs
-from export.families.unet import UNet
-from export.trace.traced_module import TracedModule
+from export.families.unet import CUTS
+from export.trace.traced_module import Cut, TracedModule
 
 TIME_IDS = 6
 """Numbers that a net of Stable Diffusion XL takes beside the pooled text, as the base model does."""
@@ -29,10 +29,13 @@ class ControlNet(TracedModule):
     """
 
     source = "control"
-    invariant: ClassVar = {**UNet.invariant, "hint": ("hint",)}
+    role = "controlnet"
+    rows = "branch"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, label: str) -> None:
+        """label: its name in requests."""
         super().__init__(model)
+        self.label = label
         config, latent = model.config, ("latent_height", "latent_width")
         self.inputs = (TensorSpec("sample", "float32", ("batch", config["in_channels"], *latent)),
                        TensorSpec("timestep", "float32", ("batch",)),
@@ -45,7 +48,7 @@ class ControlNet(TracedModule):
             self.inputs += (TensorSpec("text_embeds", "float32", ("batch", pooled)),
                             TensorSpec("time_ids", "float32", ("batch", TIME_IDS)))
         self.outputs = residual_specs(config)
-        self.shapes = {"hint": ("batch", config["block_out_channels"][0], *latent)}
+        self.cuts = (*CUTS, Cut("hint", ("hint",), rows=1, shape=("batch", config["block_out_channels"][0], *latent)))
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,
                 hint: torch.Tensor, scale: torch.Tensor, text_embeds: torch.Tensor | None = None,

@@ -20,6 +20,8 @@ class TextEncoder(TracedModule):
     """
 
     source = "text_encoder"
+    role = "text_encoder"
+    rows = 2  # the negative prompt and the prompt
 
     def __init__(self, model: nn.Module, length: int) -> None:
         """length: tokens of a prompt."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import nn
 
 from engines.spec import TensorSpec
 from export.families.extensions import across_frames, with_residuals
-from export.trace.traced_module import Extension, TracedModule
+from export.trace.traced_module import Cut, Extension, TracedModule
+
+CUTS = (Cut("text", ("encoder_hidden_states", "class_labels", "text_embeds", "time_ids"), rows=2),
+        Cut("time", ("timestep",), rows=32))
+"""Parts of a UNet, and of what is computed like one: once for the two prompts, and for the timesteps of a schedule."""
 
 
 class UNet(TracedModule):
@@ -24,8 +27,9 @@ class UNet(TracedModule):
     """
 
     source = "unet"
-    invariant: ClassVar = {"text": ("encoder_hidden_states", "class_labels", "text_embeds", "time_ids"),
-                           "time": ("timestep",)}
+    role = "denoiser"
+    rows = "branch"
+    cuts = CUTS
 
     def __init__(self, model: nn.Module, channels: int, joined: Mapping[str, int], pooled: int = 0,
                  numbers: int = 0) -> None:

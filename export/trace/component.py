@@ -123,9 +123,10 @@ def _write(traced: ir.Model, module: TracedModule, file: Path) -> tuple[dict[str
     graphs = {file.stem: Saved(module.inputs, module.outputs, count_sites(traced.graph))}
     for value in traced.graph.initializers.values():
         value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
-    if not module.invariant:
+    if not module.cuts:
         return graphs, []
-    cut = hoist(ir.load(file), module.invariant, module.inputs, module.outputs, module.shapes)
+    cut = hoist(ir.load(file), {cut.part: cut.reads for cut in module.cuts}, module.inputs, module.outputs,
+                {cut.part: cut.shape for cut in module.cuts if cut.shape})
     parts = {f"{file.stem}_{name}": part for name, part in cut.items()}
     for name, part in parts.items():
         ir.save(part.model, file.with_name(f"{name}.onnx"))

@@ -27,6 +27,9 @@ from export.trace.traced_module import TracedModule
 class _Module(TracedModule):
     """`model` itself, called with its inputs in order."""
 
+    role = "module"
+    rows = "image"
+
     def __init__(self, model: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
         super().__init__(model)
         self.source = type(model).__name__

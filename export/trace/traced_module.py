@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -15,6 +15,19 @@ from torch import nn
 from engines.spec import TensorSpec
 
 Arrays = Mapping[str, torch.Tensor]
+
+
+class Cut(NamedTuple):
+    """A part of a graph that is cut out of it, for engines of its own.
+
+    part: its name. reads: the inputs that it may depend on, of which a module may lack some. rows: of its engines, as
+    in `engines.bundle.Component`. shape: of what it hands over, where ONNX cannot infer it.
+    """
+
+    part: str
+    reads: tuple[str, ...]
+    rows: int
+    shape: tuple[int | str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,16 +50,16 @@ class Extension:
 class TracedModule(nn.Module):
     """A module with float32 inputs and outputs, whatever its own dtype, that becomes one ONNX graph.
 
-    model: what it wraps. inputs, outputs: their specs, whose dimension names are those of `engines.EngineConfig.dims`.
-    below: input of whole numbers → what they are less than.
+    model: what it wraps. source: the graph's name, that of the module in a checkpoint. role, rows, label: what
+    `engines.bundle.Component` says of it. cuts: the parts that `export.passes.hoist` makes of it beside its body.
+    inputs, outputs: their specs. below: input of whole numbers → what they are less than.
     """
 
-    source: str = ""
-    """Name of the graph: that of the module which it wraps, in a checkpoint."""
-    invariant: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Part of the graph that `export.passes.hoist` cuts out → inputs that it may depend on."""
-    shapes: Mapping[str, tuple[int | str, ...]] = MappingProxyType({})
-    """Part → the shape of what it hands over, where ONNX cannot infer it."""
+    source: str
+    role: ClassVar[str]
+    rows: ClassVar[int | str]
+    label: str = ""
+    cuts: tuple[Cut, ...] = ()
     below: Mapping[str, int] = MappingProxyType({})
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
