@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines.bundle import CONTROL, Bundle, Component, Manifest, write_manifest
+from engines.bundle import Bundle, Component, Manifest, write_manifest
 from engines.bundle.publish import lock
 from engines.spec import EngineError
 from export.bundle import provenance
@@ -45,22 +45,21 @@ def attach(source: str | Path, bundle: str | Path, name: str | None = None, *, e
         from export.trace.component import export_components
 
         found = open_addition(Path(source), old, name, encoder, config)
-        made = export_components(found, old.component("unet").dtype, directory, progress)
+        made = export_components(found, old.dtype, directory, progress)
         added = _place(made, directory, old.path / f"{found.key}-{_digest(made)}")
         about = {component: provenance(found) for component in found.modules}
-        components = {n: c for n, c in old.manifest.components.items() if n not in _of_net(old, found.key)}
-        components |= added
-        _commit(old, components, {**old.manifest.provenance.get("added", {}), **about})
+        components = {n: c for n, c in old.manifest.components.items() if c.network != found.key}
+        _commit(old, components | added, {**old.manifest.provenance.get("added", {}), **about})
     return Bundle.open(bundle)
 
 
 def detach(name: str, bundle: str | Path) -> Bundle:
     """Remove ControlNet `name` and its engines from `bundle`. Raises ExportError where there is none of that name."""
     with _writing(Path(bundle)) as (old, _):
-        if name not in old.controls:
-            have = f"one of {', '.join(old.controls)}" if old.controls else "the name of an attached net; there is none"
+        if name not in old.labels:
+            have = f"one of {', '.join(old.labels)}" if old.labels else "the name of an attached net; there is none"
             raise ExportError(f"{old.path}: got ControlNet {name!r}, expected {have}")
-        gone = _of_net(old, CONTROL + name)
+        gone = old.graphs(old.label(name))
         added = {n: a for n, a in old.manifest.provenance.get("added", {}).items() if n not in gone}
         _commit(old, {n: c for n, c in old.manifest.components.items() if n not in gone}, added)
         engine = re.compile(rf"({'|'.join(gone)})-({'|'.join(engines.BACKENDS)})-[0-9a-f]{{12}}")
@@ -131,8 +130,3 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _of_net(bundle: Bundle, key: str) -> list[str]:
-    """The component `key` and its parts."""
-    return [name for name in bundle.manifest.components if key in (name, bundle.part_of(name))]

@@ -20,8 +20,7 @@ from benchmarks.harness import limits
 from benchmarks.harness.given import configure_compiler, engines_of, inputs, torch_module
 from benchmarks.harness.on_cpu import REFERENCE
 from benchmarks.harness.turns import Contender, Job, Run, Timed
-from engines import Bundle, EngineConfig
-from engines.store import store
+from engines import Bundle, EngineConfig, store
 
 TURN = 0.5  # seconds of calls that count in a turn
 WARM = 0.2  # and of those before

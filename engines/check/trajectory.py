@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 import engines
+from engines import store
 from engines.backend import Engine, Target
 from engines.bundle import Bundle, Manifest
 from engines.check import verify
 from engines.check.verify import Difference, difference
 from engines.spec import EngineConfig, EngineError
-from engines.store import store
 
 UNET, BODY, DECODER = "unet", "unet_body", "vae_decoder"
 STEPS, GUIDANCE = 20, 7.5
@@ -215,7 +215,7 @@ def _from_parts(bundle: Bundle, config: EngineConfig, text: Arrays, time: Arrays
     """`text` and `time`, and what the engines of the UNet's parts of this config's kind make of them for its body."""
     text, time = dict(text), dict(time)
     for name in bundle.manifest.components:
-        if bundle.part_of(name) == UNET and name != BODY:
+        if bundle.component(name).part in ("text", "time") and bundle.component(name).network == UNET:
             _, own = store.plan(bundle, config.backend, sizes=[_pixels(bundle, config)], dtype=config.dtype,
                                 components=[name], device=config.device, threads=config.threads,
                                 options=config.options)[-1]
@@ -249,6 +249,6 @@ def _decode(bundle: Bundle, height: int, width: int,
 
 
 def _pixels(bundle: Bundle, config: EngineConfig) -> tuple[int, int]:
-    size = bundle.manifest.picture_size(config.dims)
+    size = bundle.picture_size(config)
     assert size
     return size

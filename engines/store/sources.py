@@ -1,4 +1,4 @@
-"""The source files that shape an engine: every file of its backend's folder, and every file of ours that they import."""
+"""The sources that shape an engine: every file of its backend's folder, and every file of ours that they import."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from engines.bundle.manifest import hash_file
+from engines.bundle.files import hash_file
 
 ROOT = Path(__file__).parent.parent.parent
 """The folder that holds the packages."""
@@ -16,9 +16,9 @@ PACKAGES = ("engines", "kernels")
 
 @functools.cache
 def hashes(package: str) -> Mapping[str, str]:
-    """File, relative to ROOT → sha256, for all that `package` ("engines.openvino") consists of or imports, lazily too.
+    """Return file, relative to ROOT → sha256, for all that a package such as "engines.openvino" consists of or imports.
 
-    The files are read once a process.
+    Imports in functions count. The files are read once a process.
     """
     todo = sorted((ROOT / package.replace(".", "/")).glob("*.py"))
     found: dict[Path, None] = {}

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.bundle import CONTROL, PARTS, Bundle, Manifest
+from engines.bundle import Bundle, Manifest
 from export.errors import ExportError
 from export.families import autoencoder
 from export.families.autoencoder import VAEDecoder, VAEEncoder, require_same_latents
-from export.families.controlnet import ControlNet, require_same_residuals
+from export.families.controlnet import PARTS, ControlNet, require_same_residuals
 from export.families.family import latent_sizes
 from export.sources.single_module import SingleModule, open_module
 from export.trace.traced_module import TracedModule
@@ -21,8 +21,8 @@ from export.trace.traced_module import TracedModule
 class Addition:
     """A network before its weights are read, for a bundle: an `export.families.family.Model`.
 
-    key: what it becomes in the bundle, "control_NAME" or "vae". modules: component → what loads the module that it is
-    traced from. manifest: the bundle's.
+    key: beginning of the names of its files, "vae" or the ControlNet's network. modules: network → what loads the module
+    that it is traced from. manifest: the bundle's.
     """
 
     module: SingleModule
@@ -46,10 +46,10 @@ class Addition:
         return latent_sizes(self.manifest.latent, self.manifest.dims,
                             max(text.max_length for text in self.manifest.text), check)
 
-    def precision(self, component: str, dtype: str) -> str:
-        if component not in ("vae_decoder", "vae_encoder"):
+    def precision(self, network: str, dtype: str) -> str:
+        if network not in ("vae_decoder", "vae_encoder"):
             return dtype
-        wide = bool(self.manifest.time_ids or self.manifest.low_res_scheduler)
+        wide = bool(self.manifest.condition("sizes") or self.manifest.low_res_scheduler)
         return autoencoder.precision(self.module.config, dtype, wide)
 
 
@@ -70,8 +70,8 @@ def _net(module: SingleModule, bundle: Bundle, name: str | None, encoder: bool) 
     if encoder:
         raise ExportError(f"{module.path}: got --encoder for a ControlNet, which has none; leave it out")
     label = _net_name(module.path, name)
-    return Addition(module, CONTROL + label, {CONTROL + label: lambda: ControlNet(module.load(), label)},
-                    bundle.manifest)
+    network = f"control_{label}"
+    return Addition(module, network, {network: lambda: ControlNet(module.load(), label)}, bundle.manifest)
 
 
 def _net_name(path: Path, name: str | None) -> str:

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from engines.bundle import RESIDUAL, Bundle
+from engines.bundle import Bundle
 from engines.spec import TensorSpec
 from export.errors import ExportError
-from export.families.levels import residual_specs
-from export.families.unet import CUTS
+from export.families.levels import RESIDUAL, residual_specs
+from export.families.unet import CUTS, TIMESTEPS
 from export.trace.traced_module import Cut, TracedModule
 
 TIME_IDS = 6
 """Numbers that a net of Stable Diffusion XL takes beside the pooled text, as the base model does."""
+
+PARTS = ("text", "time", "hint", "body")
+"""Parts that a net is cut into; the names of their graphs end in these."""
 
 _UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
 
@@ -38,7 +41,7 @@ class ControlNet(TracedModule):
         self.label = label
         config, latent = model.config, ("latent_height", "latent_width")
         self.inputs = (TensorSpec("sample", "float32", ("batch", config["in_channels"], *latent)),
-                       TensorSpec("timestep", "float32", ("batch",)),
+                       TensorSpec("timestep", "float32", ("batch",), span=TIMESTEPS),
                        TensorSpec("encoder_hidden_states", "float32",
                                   ("batch", "sequence", config["cross_attention_dim"])),
                        TensorSpec("hint", "float32", ("batch", 3, "height", "width")),
@@ -46,7 +49,7 @@ class ControlNet(TracedModule):
         if config["addition_embed_type"] == "text_time":
             pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
             self.inputs += (TensorSpec("text_embeds", "float32", ("batch", pooled)),
-                            TensorSpec("time_ids", "float32", ("batch", TIME_IDS)))
+                            TensorSpec("time_ids", "float32", ("batch", TIME_IDS), span=TIMESTEPS))
         self.outputs = residual_specs(config)
         self.cuts = (*CUTS, Cut("hint", ("hint",), rows=1, shape=("batch", config["block_out_channels"][0], *latent)))
 
@@ -61,11 +64,12 @@ class ControlNet(TracedModule):
 
 def require_same_residuals(where: str, config: Mapping[str, Any], bundle: Bundle) -> None:
     """Raise ExportError unless a ControlNet's residuals are those that the bundle's UNet takes."""
-    components, latent = bundle.manifest.components, bundle.manifest.latent
-    if "unet_control" not in components:
+    latent, graphs = bundle.manifest.latent, bundle.graphs(bundle.denoiser).values()
+    takers = [graph for graph in graphs if (graph.part, graph.variant) == ("", "control")]
+    if not takers:
         raise ExportError(f"{bundle.path}: its UNet takes no residuals; export the checkpoint again with this version, "
                           "if it is no upscaler")
-    given = {spec.name: spec for spec in components["unet_control"].inputs}
+    given = {spec.name: spec for spec in takers[0].inputs}
     xl = "text_time" if "text_embeds" in given else None
     rows = [
         ("global_pool_conditions", bool(config["global_pool_conditions"]), False),
@@ -83,7 +87,7 @@ def require_same_residuals(where: str, config: Mapping[str, Any], bundle: Bundle
         if got != expected:
             raise ExportError(f"{where}: got a ControlNet with {key}={got!r}, expected {expected!r}; it is of a kind "
                               "that is not supported, or for another model than the bundle's")
-    takes = tuple(spec for name, spec in given.items() if name.startswith(RESIDUAL))
+    takes = tuple(spec for spec in given.values() if spec.group == RESIDUAL)
     if residual_specs(config) != takes:
         raise ExportError(f"{where}: got a ControlNet of {len(residual_specs(config))} residuals of "
                           f"{config['block_out_channels']} channels, which are not the {len(takes)} that the bundle's "

@@ -15,12 +15,14 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from engines.bundle import FIRST, HIDDEN, PREVIOUS, STORE
 from engines.spec import TensorSpec
 from export.families.levels import level_size, residual_specs
 from export.passes.frames import FrameSpecs, add_frames
 from export.passes.residuals import add_residuals
 from export.trace.traced_module import Arrays, Extension
+
+STORE, FIRST, PREVIOUS, HIDDEN = "store", "first", "previous", "hidden"
+"""Groups of the tensors that the graph for frames has beside the UNet's own."""
 
 _LAYER = re.compile(r"up_blocks\.(\d+)\..*\.attn1")
 
@@ -47,10 +49,10 @@ def frame_specs(unet: nn.Module) -> FrameSpecs:
         level = len(unet.config["block_out_channels"]) - 1 - int(match[1])
         shapes.append(("batch", *level_size(level), layer.to_k.in_features))
 
-    def specs(prefix: str) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(f"{prefix}{n}", "float32", shape) for n, shape in enumerate(shapes))
+    def specs(group: str) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(f"{group}_{n}", "float32", shape, group) for n, shape in enumerate(shapes))
 
-    return FrameSpecs(TensorSpec(STORE, "float32", ("batch",)), specs(FIRST), specs(PREVIOUS), specs(HIDDEN))
+    return FrameSpecs(TensorSpec(STORE, "float32", ("batch",), STORE), specs(FIRST), specs(PREVIOUS), specs(HIDDEN))
 
 
 def _layers(unet: nn.Module) -> dict[str, Attention]:
@@ -98,9 +100,9 @@ class _AcrossFrames:
 
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
                  attention_mask: torch.Tensor | None = None, temb: torch.Tensor | None = None) -> torch.Tensor:
-        first, previous = self.given[f"{FIRST}{self.n}"], self.given[f"{PREVIOUS}{self.n}"]
+        first, previous = self.given[f"{FIRST}_{self.n}"], self.given[f"{PREVIOUS}_{self.n}"]
         own = self.given[STORE] > 0.5
-        self.found[f"{HIDDEN}{self.n}"] = hidden_states.reshape(first.shape)
+        self.found[f"{HIDDEN}_{self.n}"] = hidden_states.reshape(first.shape)
         both = [torch.where(own[:, None, None], hidden_states, other.flatten(1, 2)) for other in (first, previous)]
         told = torch.cat(both, dim=1)
         q, k, v = (project(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for project, x in

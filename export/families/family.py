@@ -14,7 +14,7 @@ from export.trace.traced_module import TracedModule
 
 
 class Model(Protocol):
-    """Networks that become components of a bundle, before any weight is read; `export.trace.component` exports them."""
+    """Networks that become components of a bundle, before any weight is read."""
 
     @property
     def name(self) -> str:
@@ -33,7 +33,7 @@ class Model(Protocol):
 
     @property
     def modules(self) -> Mapping[str, Callable[[], TracedModule]]:
-        """Component → what loads the module that it is traced from, in float32. The call raises ExportError."""
+        """Network → what loads the module that it is traced from, in float32. The call raises ExportError."""
         ...
 
     def sizes(self, check: bool) -> dict[str, int]:
@@ -41,8 +41,8 @@ class Model(Protocol):
         """
         ...
 
-    def precision(self, component: str, dtype: str) -> str:
-        """Return the precision that a component has in a bundle of `dtype`."""
+    def precision(self, network: str, dtype: str) -> str:
+        """Return the precision that a network has in a bundle of `dtype`."""
         ...
 
 

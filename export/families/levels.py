@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engines.bundle import RESIDUAL
 from engines.spec import TensorSpec
+
+RESIDUAL = "residual"
+"""Group of the tensors that ControlNets give and the UNet adds."""
 
 
 def level_size(level: int) -> tuple[str, str]:
@@ -29,5 +31,5 @@ def residual_specs(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
         if level + 1 < len(channels):
             shapes.append((width, level + 1))
     shapes.append((channels[-1], len(channels) - 1))
-    return tuple(TensorSpec(f"{RESIDUAL}{n}", "float32", ("batch", width, *level_size(level)))
+    return tuple(TensorSpec(f"{RESIDUAL}_{n}", "float32", ("batch", width, *level_size(level)), RESIDUAL)
                  for n, (width, level) in enumerate(shapes))

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from engines.bundle import Component, ExtraChannels, LatentSpec, Manifest, TextSpec
+from engines.bundle import Component, DimSpec, Guidance, LatentSpec, Manifest, TextSpec
 from export.errors import ExportError
 from export.families import autoencoder
 from export.families.autoencoder import VAEDecoder, VAEEncoder
 from export.families.family import latent_sizes
-from export.families.manifest import dims
+from export.families.manifest import conditions, dims, tasks
 from export.families.text_encoders import FirstXLTextEncoder, SecondXLTextEncoder, TextEncoder
 from export.families.unet import UNet
 from export.sources.checkpoint import Checkpoint
@@ -177,6 +177,11 @@ class StableDiffusion:
             multiple=2 ** (len(self.unet["block_out_channels"]) - 1))
 
     @property
+    def dims(self) -> dict[str, DimSpec]:
+        """The dimensions of the graphs that follow from others."""
+        return dims(self.latent.factor, self.latent.multiple)
+
+    @property
     def max_length(self) -> int:
         """Tokens that a prompt is padded or cut to."""
         return min(n for text in self.texts
@@ -191,7 +196,7 @@ class StableDiffusion:
 
     @property
     def modules(self) -> dict[str, Callable[[], TracedModule]]:
-        """Component → what loads the module that it is traced from."""
+        """Network → what loads the module that it is traced from."""
         load, latent = self.checkpoint.load, self.latent
         kinds = {"text_encoder": FirstXLTextEncoder if self.time_ids else TextEncoder,
                  "text_encoder_2": SecondXLTextEncoder}
@@ -213,10 +218,10 @@ class StableDiffusion:
         return {TOKENIZERS[text.name]: text.tokenizer for text in self.texts}
 
     def sizes(self, check: bool) -> dict[str, int]:
-        return latent_sizes(self.latent, dims(self.latent.factor, self.latent.multiple), self.max_length, check)
+        return latent_sizes(self.latent, self.dims, self.max_length, check)
 
-    def precision(self, component: str, dtype: str) -> str:
-        if component not in ("vae_decoder", "vae_encoder"):
+    def precision(self, network: str, dtype: str) -> str:
+        if network not in ("vae_decoder", "vae_encoder"):
             return dtype
         return autoencoder.precision(self.vae, dtype, wide=bool(self.time_ids or self.low_res_scheduler))
 
@@ -228,10 +233,13 @@ class StableDiffusion:
                      "penultimate" if self.time_ids else "last",
                      pooled="text_embeds" if text.name == "text_encoder_2" else "")
             for text in self.texts)
+        told = bool(self.unet.get("num_class_embeds"))
+        frames = any(component.variant == "frames" for component in components.values())
         return Manifest(
-            family=self.family, components=components, scheduler=self.scheduler, prediction_type=self.prediction,
-            latent=self.latent, text=texts, default_size=self.default_size,
-            extra_channels=tuple(ExtraChannels(*extra) for extra in self.extra_channels.items()),
+            family=self.family, tasks=tasks(self.extra_channels, self.time_ids, frames), components=components,
+            conditions=conditions(self.extra_channels, told, self.time_ids),
+            guidance=Guidance(negative="zeros" if self.zero_negative else "prompt"), latent=self.latent, text=texts,
+            dims=self.dims, scheduler=self.scheduler, prediction_type=self.prediction,
             low_res_scheduler=self.low_res_scheduler, max_noise_level=self.max_noise_level,
-            zero_negative=self.zero_negative, dims=dims(self.latent.factor, self.latent.multiple), files=files,
+            default_size=self.default_size, defaults={"strength": 0.3} if self.time_ids else {}, files=files,
             provenance=provenance)

@@ -11,6 +11,8 @@ from engines.spec import TensorSpec
 from export.families.extensions import across_frames, with_residuals
 from export.trace.traced_module import Cut, Extension, TracedModule
 
+TIMESTEPS = (0, 1000)
+"""Span of the timesteps, and of the sizes in pixels, that a graph is checked with."""
 CUTS = (Cut("text", ("encoder_hidden_states", "class_labels", "text_embeds", "time_ids"), rows=2),
         Cut("time", ("timestep",), rows=32))
 """Parts of a UNet, and of what is computed like one: once for the two prompts, and for the timesteps of a schedule."""
@@ -40,7 +42,7 @@ class UNet(TracedModule):
         latent, labels = ("latent_height", "latent_width"), model.config.get("num_class_embeds")
         self.inputs = (
             TensorSpec("sample", "float32", ("batch", channels, *latent)),
-            TensorSpec("timestep", "float32", ("batch",)),
+            TensorSpec("timestep", "float32", ("batch",), span=TIMESTEPS),
             TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", model.config["cross_attention_dim"])),
             *(TensorSpec(name, "float32", ("batch", count, *latent)) for name, count in joined.items()))
         if labels:
@@ -48,7 +50,7 @@ class UNet(TracedModule):
             self.below = {"class_labels": labels}
         if numbers:
             self.inputs += (TensorSpec("text_embeds", "float32", ("batch", pooled)),
-                            TensorSpec("time_ids", "float32", ("batch", numbers)))
+                            TensorSpec("time_ids", "float32", ("batch", numbers), span=TIMESTEPS))
         self.outputs = (TensorSpec("noise_pred", "float32", ("batch", channels, *latent)),)
 
     @property

@@ -1,4 +1,4 @@
-"""One of a model's modules as components of a bundle: loaded, traced, saved, and compared with PyTorch."""
+"""One of a model's networks as components of a bundle: loaded, traced, saved, and compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from engines.backend import Target
 from engines.bundle import Check, Component, hash_files
 from engines.check import verify
-from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.spec import EngineConfig, EngineError
 from export.errors import ExportError
 from export.families.family import Model
 from export.passes.hoist import hoist
@@ -30,7 +30,7 @@ from export.trace.traced_module import Extension, TracedModule
 logger = logging.getLogger(__name__)
 
 STAGES = ("load", "trace", "save", "check")
-"""Stages of the export of one module."""
+"""Stages of the export of one network."""
 
 REFERENCE = "PyTorch eager, float32"
 
@@ -40,63 +40,62 @@ SEED = 1234
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Arrays = Mapping[str, np.ndarray]
-
-
-class Saved(NamedTuple):
-    """A graph that was saved: what goes in and comes out, and its kernel sites (op type → count)."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    sites: dict[str, int]
+Graphs = dict[tuple[str, str], Component]
+"""(part, variant) → the graph of a network, in the order in which they are written."""
 
 
 class Truth(NamedTuple):
-    """What a graph is compared with. feed: inputs by name. expected: variant ("" for the plain graph) → outputs."""
+    """What graphs are compared with. feed: inputs by name. expected: variant ("" for the plain graph) → outputs."""
 
     feed: dict[str, np.ndarray]
     expected: dict[str, dict[str, np.ndarray]]
 
 
 def export_components(model: Model, dtype: str, directory: Path, progress: bool = True) -> dict[str, Component]:
-    """Write all of a model's components into `directory`, and check them; returns them by name.
+    """Write all of a model's networks into `directory`, and check them; returns the components by name.
 
     dtype: of the bundle. progress: draw a bar if stderr is a terminal. Raises ExportError.
     """
-    names = tuple(model.modules)
-    with tqdm(total=len(STAGES) * len(names), disable=None if progress else True, leave=False, unit="stage") as stages:
-        def on_stage(name: str) -> None:
-            stages.set_description(name)
-            stages.update()
+    networks = tuple(model.modules)
+    with tqdm(total=len(STAGES) * len(networks), disable=None if progress else True, leave=False, unit="stage") as bar:
+        def on_stage(stage: str) -> None:
+            bar.set_description(stage)
+            bar.update()
 
         components: dict[str, Component] = {}
-        for name in names:
-            components |= export_component(name, model, model.precision(name, dtype), directory, on_stage)
+        for network in networks:
+            components |= export_component(network, model, model.precision(network, dtype), directory, on_stage)
     return components
 
 
-def export_component(name: str, model: Model, dtype: str, directory: Path,
+def export_component(network: str, model: Model, dtype: str, directory: Path,
                      on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Component]:
-    """Write `directory`/`name`.onnx and `name`.onnx.data, and check them; `on_stage` hears of each of STAGES.
+    """Write `directory`/`network`.onnx and `network`.onnx.data, and check them; `on_stage` hears of each of STAGES.
 
-    Returns the component by its name, and by theirs the parts of `export.passes.hoist` and the module's extensions.
-    Only one module's weights are in memory at a time, and PyTorch's are gone before onnxruntime reads the file. Raises
-    ExportError where a graph is further from PyTorch than `engines.check.verify.TOLERANCE`.
+    Returns the components by their names: the whole network, the parts that it is cut into, and the module's extensions
+    of both. Only one module's weights are in memory at a time, and PyTorch's are gone before onnxruntime reads the
+    file. Raises ExportError where a graph is further from PyTorch than `engines.check.verify.TOLERANCE`.
     """
-    on_stage(f"{name}: load")
+    on_stage(f"{network}: load")
     with _no_progress_bars():
-        module = model.modules[name]().eval()
+        module = model.modules[network]().eval()
     extensions, dims = module.extensions, model.sizes(check=True)
     truth = _truth(module, extensions, dims)
-    on_stage(f"{name}: trace")
+    on_stage(f"{network}: trace")
     traced = trace(module.to(_DTYPES[dtype]), module.example(model.sizes(check=False), seed=0))
     check_sites(traced.graph, module)
-    on_stage(f"{name}: save")
-    graphs, parts = _write(traced, module, directory / f"{name}.onnx")
+    on_stage(f"{network}: save")
+    graphs = _write(traced, module, network, dtype, directory)
     del module, traced
     for extension in extensions:
-        graphs |= _extend(extension, name, graphs, parts[-1:], directory)
-    on_stage(f"{name}: check")
-    return _checked(name, graphs, parts, dtype, directory, dims, truth)
+        graphs |= _extend(extension, graphs, directory)
+    on_stage(f"{network}: check")
+    return {component_name(graph): graph for graph in _checked(graphs, directory, dims, truth).values()}
+
+
+def component_name(component: Component) -> str:
+    """Return the name of a component in its bundle, NETWORK[_VARIANT][_PART]. Only people read anything out of it."""
+    return "_".join(word for word in (component.network, component.variant, component.part) if word)
 
 
 def _truth(module: TracedModule, extensions: Sequence[Extension], dims: Mapping[str, int]) -> Truth:
@@ -117,65 +116,64 @@ def _outputs(module: TracedModule, inputs: Sequence[torch.Tensor]) -> dict[str, 
     return {spec.name: value.numpy() for spec, value in zip(module.outputs, module.run(inputs), strict=True)}
 
 
-def _write(traced: ir.Model, module: TracedModule, file: Path) -> tuple[dict[str, Saved], list[str]]:
-    """Save a traced module and the parts that it is cut into; returns all by name, and the names of the parts."""
-    ir.save(traced, file, external_data=f"{file.name}.data")
-    graphs = {file.stem: Saved(module.inputs, module.outputs, count_sites(traced.graph))}
+def _write(traced: ir.Model, module: TracedModule, network: str, dtype: str, directory: Path) -> Graphs:
+    """Save a traced module, and the parts that it is cut into; their check is still to come."""
+    whole = Component(file="", files={}, dtype=dtype, role=module.role, network=network, label=module.label,
+                      rows=module.rows, inputs=module.inputs, outputs=module.outputs, sites={},
+                      check=Check("not checked", SEED, 0.0, 0.0))
+    graphs = {("", ""): _save(traced, whole, directory, weights=f"{network}.onnx.data")}
     for value in traced.graph.initializers.values():
         value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
     if not module.cuts:
-        return graphs, []
-    cut = hoist(ir.load(file), {cut.part: cut.reads for cut in module.cuts}, module.inputs, module.outputs,
-                {cut.part: cut.shape for cut in module.cuts if cut.shape})
-    parts = {f"{file.stem}_{name}": part for name, part in cut.items()}
+        return graphs
+    rows = {cut.part: cut.rows for cut in module.cuts}
+    parts = hoist(ir.load(directory / f"{network}.onnx"), {cut.part: cut.reads for cut in module.cuts}, module.inputs,
+                  module.outputs, {cut.part: cut.shape for cut in module.cuts if cut.shape})
     for name, part in parts.items():
-        ir.save(part.model, file.with_name(f"{name}.onnx"))
-        graphs[name] = Saved(part.inputs, part.outputs, count_sites(part.model.graph))
-    return graphs, list(parts)
+        about = dataclasses.replace(whole, part=name, rows=rows.get(name, whole.rows), inputs=part.inputs,
+                                    outputs=part.outputs)
+        graphs[name, ""] = _save(part.model, about, directory)
+    return graphs
 
 
-def _extend(extension: Extension, name: str, graphs: Mapping[str, Saved], body: Sequence[str],
-            directory: Path) -> dict[str, Saved]:
-    """Save what an extension makes of the graph `name` and of its body."""
+def _extend(extension: Extension, graphs: Graphs, directory: Path) -> Graphs:
+    """Save what an extension makes of the whole network and of its body."""
     made = {}
-    for plain in (name, *body):
-        base, target = (_named(plain, name, variant) for variant in (extension.base, extension.variant))
-        model = ir.load(directory / f"{base}.onnx")
+    for part in ("", "body"):
+        if (plain := graphs.get((part, ""))) is None:
+            continue
+        model = ir.load(directory / graphs[part, extension.base].file)
         count = extension.rewrite(model)
-        ir.save(model, directory / f"{target}.onnx")
-        logger.info("%s: %d places rewritten in %s", target, count, base)
-        graph = graphs[plain]
-        made[target] = Saved((*graph.inputs, *extension.inputs), (*graph.outputs, *extension.outputs),
-                             count_sites(model.graph))
+        made[part, extension.variant] = graph = _save(model, dataclasses.replace(
+            plain, variant=extension.variant, inputs=(*plain.inputs, *extension.inputs),
+            outputs=(*plain.outputs, *extension.outputs)), directory)
+        logger.info("%s: rewritten in %d places", graph.file, count)
     return made
 
 
-def _named(plain: str, name: str, variant: str) -> str:
-    """Return the name of a variant of graph `plain`, which is `name` or a part of it."""
-    return plain.replace(name, f"{name}_{variant}", 1) if variant else plain
+def _save(model: ir.Model, about: Component, directory: Path, weights: str | None = None) -> Component:
+    """Save a graph; returns its component, with its files and sites. weights: the file that they go to.
+
+    Without `weights` they stay in the file of the whole network that the graph was made of.
+    """
+    file = f"{component_name(about)}.onnx"
+    ir.save(model, directory / file, external_data=weights)
+    return dataclasses.replace(about, file=file, sites=count_sites(model.graph),
+                               files=hash_files(directory, [file, f"{about.network}.onnx.data"]))
 
 
-def _checked(name: str, graphs: Mapping[str, Saved], parts: Sequence[str], dtype: str, directory: Path,
-             dims: Mapping[str, int], truth: Truth) -> dict[str, Component]:
-    """Compare every graph with PyTorch, the parts of each together; returns the components by name."""
-    weights = hash_files(directory, [f"{name}.onnx.data"])
-
-    def checked(names: Sequence[str], expected: Arrays, reference: str) -> dict[str, Component]:
-        unchecked = Check("not checked", SEED, 0.0, 0.0)
-        found = {n: Component(f"{n}.onnx", hash_files(directory, [f"{n}.onnx"]) | weights, dtype, *graphs[n], unchecked)
-                 for n in names}
-        check = _check(list(found.values()), directory, dims, truth.feed, expected, reference)
-        logger.info("%s: %s, relative RMS %.1e", ", ".join(names), dtype, check.rel_rms)
-        return {n: dataclasses.replace(component, check=check) for n, component in found.items()}
-
-    components: dict[str, Component] = {}
-    for variant, outputs in truth.expected.items():
-        components |= checked([_named(name, name, variant)], outputs, REFERENCE)
-        if parts:
-            together = [*parts[:-1], _named(parts[-1], name, variant)]
-            found = checked(together, outputs, f"{REFERENCE}, the parts together")
-            components |= {n: component for n, component in found.items() if n not in components}
-    return components
+def _checked(graphs: Graphs, directory: Path, dims: Mapping[str, int], truth: Truth) -> Graphs:
+    """Compare every graph with PyTorch, the parts of each variant together; returns the graphs with their checks."""
+    done: Graphs = {}
+    parts = [(part, variant) for part, variant in graphs if part and not variant]
+    for variant, expected in truth.expected.items():
+        for run, reference in (([("", variant)], REFERENCE),
+                               ([*parts[:-1], ("body", variant)], f"{REFERENCE}, the parts together")):
+            if run[0] in graphs and run[-1] in graphs:
+                check = _check([graphs[key] for key in run], directory, dims, truth.feed, expected, reference)
+                logger.info("%s: relative RMS %.1e", ", ".join(graphs[key].file for key in run), check.rel_rms)
+                done |= {key: dataclasses.replace(graphs[key], check=check) for key in run if key not in done}
+    return done
 
 
 def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, int], feed: Arrays,

@@ -96,15 +96,16 @@ class TracedModule(nn.Module):
                 "dynamic_shapes": dict(zip(names, shapes, strict=True))}
 
     def example(self, dims: Mapping[str, int], seed: int) -> tuple[torch.Tensor, ...]:
-        """Draw inputs: standard normal, whole numbers below `below`, timesteps and sizes in [0, 1000)."""
+        """Draw inputs: standard normal, whole numbers below `below`, or those of a spec's span."""
         generator = torch.Generator().manual_seed(seed)
         values = []
         for spec in self.inputs:
             shape = [d if isinstance(d, int) else dims[d] for d in spec.shape]
             if spec.name in self.below:
                 values.append(torch.randint(self.below[spec.name], shape, generator=generator))
-            elif spec.name in ("timestep", "time_ids"):
-                values.append(torch.rand(shape, generator=generator) * 1000)
+            elif spec.span is not None:
+                low, high = spec.span
+                values.append(torch.rand(shape, generator=generator) * (high - low) + low)
             else:
                 values.append(torch.randn(shape, generator=generator))
         return tuple(values)

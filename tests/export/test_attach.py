@@ -14,9 +14,8 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
 import export.attach
-from engines import Bundle, EngineError
+from engines import Bundle, EngineError, store
 from engines.bundle.publish import lock
-from engines.store import store
 from export import ExportError
 from export.__main__ import main
 from export.attach import attach, detach
@@ -114,7 +113,7 @@ def test_engines_of_a_net(controlled, plain, bundle):
     """Only with a ControlNet are engines built for it and for the UNet that takes what it gives; they go with it."""
     own = [f"control_edge-net_{part}" for part in NET_PARTS]
     whole = ["control_edge-net", *own]
-    assert controlled.controls == ("edge-net",) and not plain.controls
+    assert controlled.labels == ("edge-net",) and not plain.labels
     assert [n for n in controlled.manifest.components if n not in plain.manifest.components] == whole
     before, after = (store.used(b, "onnxruntime") for b in (plain, controlled))
     assert set(after) - set(before) == {*own, "unet_control_body"} and set(before) < set(after)
@@ -156,7 +155,7 @@ def test_a_single_file_replaces_the_net_of_its_name(bundle, checkpoint, net, tmp
     said = capsys.readouterr().out
     assert "control_edge-net_body" in said and "ControlNets: edge-net" in said and "text_encoder" not in said
     new = Bundle.open(bundle.path)
-    assert new.controls == ("edge-net",) and len(list(bundle.path.glob("control_*"))) == 1
+    assert new.labels == ("edge-net",) and len(list(bundle.path.glob("control_*"))) == 1
     assert list(new.manifest.components) == list(bundle.manifest.components)
     feed = inputs()
     got = run_component(new, "control_edge-net", feed)["residual_8"][0]
@@ -226,7 +225,7 @@ def test_killed_while_it_attaches(bundle, tmp_path):
         process.communicate()
     assert list(bundle.path.glob(".adding.*"))
     assert {n: v for n, v in files(bundle.path).items() if not n.startswith(".adding.")} == before
-    assert Bundle.open(bundle.path).controls == ("edge-net",)
+    assert Bundle.open(bundle.path).labels == ("edge-net",)
     detach("edge-net", bundle.path)
     assert not list(bundle.path.glob(".adding.*")) and not list(bundle.path.glob("control_*"))
 

@@ -61,7 +61,8 @@ def test_a_net_of_stable_diffusion_xl(plain, tmp_path):
     xl = opened(folder)
     unet = dataclasses.replace(plain.component("unet"), inputs=(
         *xl.modules["unet"]().inputs, *residual_specs(xl.unet)))
-    manifest = dataclasses.replace(plain.manifest, family="sdxl", components={"unet": unet, "unet_control": unet})
+    manifest = dataclasses.replace(plain.manifest, family="sdxl", components={
+        "unet": unet, "unet_control": dataclasses.replace(unet, variant="control")})
     got = export_component("control_xl", open_addition(net, Bundle(tmp_path, manifest), "xl"), "fp16", tmp_path)
     assert [n.removeprefix("control_xl") for n in got] == ["", *(f"_{part}" for part in NET_PARTS)]
     assert {"text_embeds", "time_ids"} < {spec.name for spec in got["control_xl"].inputs}

@@ -18,8 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from benchmarks import pipeline
 from benchmarks.__main__ import main
 from benchmarks.harness import components, given, limits, on_cpu, turns
-from engines import Bundle
-from engines.store import store
+from engines import Bundle, store
 from engines.store.choose import choose
 from export import ExportError
 from export.sources.architectures import shipped
