@@ -21,8 +21,8 @@ from export.trace.traced_module import TracedModule
 class Addition:
     """A network before its weights are read, for a bundle: an `export.families.family.Model`.
 
-    key: beginning of the names of its files, "vae" or the ControlNet's network. modules: network → what loads the module
-    that it is traced from. manifest: the bundle's.
+    key: what its files begin with, "vae" or the ControlNet's network. modules: network → what loads the module that it
+    is traced from. manifest: the bundle's.
     """
 
     module: SingleModule

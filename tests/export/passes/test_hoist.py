@@ -133,7 +133,7 @@ def test_pictures_are_the_same_whole_and_in_parts(bundle, monkeypatch):
                 for steps, guidance in ((2, 7.5), (35, 1.0), (3, 3.0))]
     pictures = []
     for parts in (True, False):
-        monkeypatch.setattr(backend, "in_parts", parts)
+        monkeypatch.setattr(backend.ONNXRUNTIME, "in_parts", parts)
         assert store.in_parts(bundle, "onnxruntime") == parts
         assert ("unet" in store.used(bundle, "onnxruntime")) != parts
         pipe = Pipeline.load(bundle.path, "onnxruntime", size=(64, 64), batch=2)
