@@ -1,4 +1,4 @@
-"""A diffusers folder's weights under their original (CompVis, Stability) names: the inverse of `export.sources.convert`.
+"""Weights of a diffusers folder under their original (CompVis, Stability) names: `export.sources.convert` backwards.
 
 Written from the original modules' structure, and not from the converter, so that the two check each other.
 """
