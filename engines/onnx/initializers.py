@@ -17,6 +17,7 @@ import numpy as np
 
 from engines.onnx.low_rank import Weight
 from engines.spec import EngineError
+from kernels.cpu.bfloat16 import rounded
 
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
 _GRAPH, _INITIALIZER, _DIMS, _TYPE, _NAME, _LOCATION = 7, 5, 1, 2, 8, 14
@@ -43,8 +44,7 @@ class Initializer:
         """
         value = self.check(name, value)
         if self.type == BFLOAT16:
-            bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
-            return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            return rounded(np.asarray(value, np.float32))
         return np.ascontiguousarray(value, np.float16 if self.type == FLOAT16 else np.float32)
 
     def check(self, name: str, value: Weight) -> Weight:

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from kernels.cpu.bfloat16 import widened
+
 LIBRARY = Path(__file__).parent / "liblatentrt_kernels.so"
 EXTENSION = Path(__file__).parent / "liblatentrt_openvino.so"
 ISAS = ("avx2", "avx512", "amx")
@@ -286,9 +288,7 @@ def _parameter(name: str, array: np.ndarray, channels: int) -> np.ndarray:
         return array
     if array.dtype.name not in _DTYPES or not array.dtype.isnative:
         raise ValueError(f"{name}: got dtype {array.dtype}, expected float32, bfloat16 or float16; convert it")
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return np.ascontiguousarray(array, dtype=np.float32)
+    return np.ascontiguousarray(widened(array))
 
 
 def _threads(threads: int | None) -> int:

@@ -21,9 +21,10 @@ from engines import Bundle, EngineError
 from engines.check import refit as verify_refit
 from engines.check import verify
 from engines.onnx.initializers import values
-from engines.onnx.low_rank import LowRank, constant, round_to_bfloat16, widened
+from engines.onnx.low_rank import LowRank, constant
 from engines.store import store
 from kernels.cpu import native
+from kernels.cpu.bfloat16 import rounded, widened
 from runtime import Lora, Pipeline, Request
 from runtime.lora.application import Loras
 from runtime.lora.files import Weights, read_lora, weights_of
@@ -434,7 +435,7 @@ def test_a_change_of_low_rank_is_summed_and_rounded_once(isa, base, monkeypatch)
     rng = np.random.default_rng(3)
     for shape, rank in (((9, 50), 5), ((17, 7, 3, 3), 33), ((1, 1), 1), ((8, 1000), 0)):
         wide = rng.standard_normal(shape).astype(np.float32)
-        value = round_to_bfloat16(wide, np.empty(shape, np.uint16)) if base == np.uint16 else wide.astype(base)
+        value = rounded(wide) if base == np.uint16 else wide.astype(base)
         weight = LowRank(value, rng.standard_normal((shape[0], rank)).astype(np.float32),
                          rng.standard_normal((rank, wide.size // shape[0])).astype(np.float32))
         exact = widened(value) + (weight.up.astype(np.float64) @ weight.down).reshape(shape)
