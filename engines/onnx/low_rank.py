@@ -40,14 +40,14 @@ class LowRank:
         return self.into(np.empty(self.shape, np.float32)).astype(dtype or np.float32, copy=False)
 
     def rows(self, start: int, stop: int) -> LowRank:
-        """Those rows of it."""
+        """Return rows `start` to `stop` of it."""
         return LowRank(self.base[start:stop], self.up[start:stop], self.down)
 
     def into(self, out: np.ndarray) -> np.ndarray:
-        """Write it to `out`, float32, float16, or uint16 for bfloat16, rounded once, to nearest even; returns `out`."""
+        """Write it to `out`, float32, float16, or uint16 for bfloat16, rounded once, to nearest even; return `out`."""
         if not out.size:
             return out
-        if _native():
+        if native.available() is None:
             matrix = (len(self.up), self.down.shape[1])
             native.low_rank(self.base.reshape(matrix), self.up, self.down, out.reshape(matrix))
             return out
@@ -61,15 +61,11 @@ class LowRank:
 
 
 Weight = np.ndarray | LowRank
-"""What an engine can be refitted with."""
-
-
-def _native() -> bool:
-    return native.available() is None
+"""A new value of a weight, as a refit takes it."""
 
 
 def constant(value: np.ndarray) -> LowRank:
-    """`value`, floating point or bfloat16's bits, without a change."""
+    """Return `value`, floating point or bfloat16's bits, as a weight without a change."""
     value = np.asarray(value, np.float32 if value.dtype == np.float64 else None, order="C")
     rows = value.shape[0] if value.ndim else 1
     return LowRank(value, np.empty((rows, 0), np.float32), np.empty((0, value.size // max(rows, 1)), np.float32))
