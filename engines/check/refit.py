@@ -19,6 +19,7 @@ import engines
 from engines.backend import Engine, Target
 from engines.bundle import Bundle, Check
 from engines.check import verify
+from engines.onnx.model import read
 from engines.spec import EngineConfig, EngineError
 
 NOISE = 0.05
@@ -116,37 +117,27 @@ def biases(onnx: Path) -> set[str]:
 
 def _products(onnx: Path) -> list[tuple[Any, int, Any]]:
     """(weight, how many products are summed, bias or None) of every Conv, Gemm and MatMul with a stored weight."""
-    try:
-        import onnx_ir as ir
-    except ImportError as e:
-        raise EngineError("checking new weights needs onnx_ir, which is missing; run: pip install onnx-ir") from e
+    model = read(onnx, "checking new weights")
+    from engines.onnx.patterns import argument, attribute, stored
+
     found = []
-    for node in ir.load(onnx).graph:
+    for node in model.graph:
         if node.domain != "" or node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
-        weight, turned = _stored(node.inputs[1])
-        if weight is None:
+        if (part := stored(node.inputs[1])) is None:
             continue
+        weight, turned = part
         shape = weight.shape.numpy()
         bias = None
         if node.op_type == "MatMul":
             adds = [use.node for use in node.outputs[0].uses() if use.node.op_type == "Add"]
-            operands = [_stored(value)[0] for add in adds for value in add.inputs]
-            bias = next((value for value in operands if value is not None), None)
+            operands = [stored(value) for add in adds for value in add.inputs]
+            bias = next((operand.value for operand in operands if operand is not None), None)
             fan_in = shape[-1 if turned else -2]
         else:
-            bias = _stored(node.inputs[2])[0] if len(node.inputs) > 2 else None
-            across = node.op_type == "Conv" or ("transB" in node.attributes and node.attributes["transB"].value)
+            added = stored(argument(node, 2))
+            bias = None if added is None else added.value
+            across = node.op_type == "Conv" or attribute(node, "transB", 0)
             fan_in = math.prod(shape[1:]) if across != turned else shape[0]
         found.append((weight, fan_in, bias))
     return found
-
-
-def _stored(value: Any) -> tuple[Any, bool]:
-    """(the floating-point initializer that `value` is, None where it is computed; whether it is transposed)."""
-    turned = False
-    while value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Transpose"):
-        turned ^= node.op_type == "Transpose"
-        value = node.inputs[0]
-    stored = value is not None and value.is_initializer() and value.dtype.is_floating_point()
-    return (value if stored else None), turned

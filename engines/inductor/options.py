@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from engines.spec import EngineConfig, EngineError
 from kernels.cpu import library
 
-KERNELS = ("attention", "group_norm", "layer_norm", "geglu")
-"""Kinds of sites that our kernels can do: in Triton, on a GPU."""
-NATIVE = KERNELS[:2]
-"""Those that there are in C++ too, for CPUs."""
+KINDS = ("attention", "norm", "layer_norm", "geglu")
+"""Kinds of sites that our kernels can compute: in Triton, on a GPU."""
+ON_CPU = KINDS[:2]
+"""Kinds of sites that our C++ kernels can compute, on a CPU."""
 LEAST = 640
 """Linear layers of fewer rows, inputs or outputs stay in the engine's dtype, unless the config says otherwise: there a
 product is shorter than quantising what it reads. A guess, until a GPU has measured it."""
@@ -21,7 +21,7 @@ OLDEST = 89
 
 @dataclass(frozen=True)
 class Options:
-    """The config's options. kernels: kind of KERNELS → latentrt, torch or auto. fp8_least: None for no float8."""
+    """The config's options. kernels: kind of KINDS → ours, vendor or auto. fp8_least: None for no float8."""
 
     kernels: Mapping[str, str]
     fuse: bool
@@ -34,17 +34,17 @@ class Options:
         on_gpu = config.device.startswith("cuda")
         flags = {"fuse": True, "max_autotune": on_gpu}
         missing = None if on_gpu else library.available()
-        ours = KERNELS if on_gpu else () if missing else NATIVE
-        kernels = {kind: "auto" if kind in ours else "torch" for kind in KERNELS}
+        ours = KINDS if on_gpu else () if missing else ON_CPU
+        kernels = {kind: "auto" if kind in ours else "vendor" for kind in KINDS}
         fp8, least = False, LEAST
         for name, value in config.options.items():
             text = str(value).lower()
-            if name in KERNELS:
-                if text not in ("latentrt", "torch", "auto"):
-                    raise EngineError(f"option {name}: got {value!r}, expected latentrt, torch or auto")
-                if text != "torch" and name not in ours:
-                    raise EngineError(f"option {name}: got {text} on {config.device}, expected torch: " + (
-                        missing if missing and name in NATIVE else "that kernel of ours is for GPUs"))
+            if name in KINDS:
+                if text not in ("ours", "vendor", "auto"):
+                    raise EngineError(f"option {name}: got {value!r}, expected ours, vendor or auto")
+                if text != "vendor" and name not in ours:
+                    raise EngineError(f"option {name}: got {text} on {config.device}, expected vendor: " + (
+                        missing if missing and name in ON_CPU else "that kernel of ours is for GPUs"))
                 kernels[name] = text
             elif name == "fp8":
                 if text not in ("linear", "none"):
@@ -60,8 +60,13 @@ class Options:
                 flags[name] = text == "true"
             else:
                 raise EngineError(f"inductor: got option {name!r}, expected one of "
-                                  f"{', '.join((*KERNELS, 'fp8', 'fp8_least', *flags))}")
+                                  f"{', '.join((*KINDS, 'fp8', 'fp8_least', *flags))}")
         return cls(kernels, **flags, fp8_least=least if fp8 else None)
+
+    @property
+    def ours(self) -> frozenset[str]:
+        """Kinds of sites whose kernels are ours, or may be."""
+        return frozenset(kind for kind, whose in self.kernels.items() if whose != "vendor")
 
 
 def check_fp8(arch: str) -> None:

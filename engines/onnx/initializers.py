@@ -17,12 +17,12 @@ import numpy as np
 
 from engines.onnx.low_rank import Weight
 from engines.spec import EngineError
+from kernels.cpu.bfloat16 import rounded
 
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
 _GRAPH, _INITIALIZER, _DIMS, _TYPE, _NAME, _LOCATION = 7, 5, 1, 2, 8, 14
 _FLOATS, _INT32S, _INT64S, _RAW, _EXTERNAL = 4, 5, 7, 9, 13
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
 
 _NUMPY = {1: "f4", 2: "u1", 3: "i1", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 16: "u2"}
 """ONNX element type → numpy's; bfloat16, which numpy lacks, as its bits."""
@@ -37,18 +37,17 @@ class Initializer:
     external: bool
 
     def convert(self, name: str, value: Weight) -> np.ndarray:
-        """`value` as this weight stores it; bfloat16 as uint16, rounded to nearest even.
+        """Return `value` as this weight stores it; bfloat16 as uint16, rounded to nearest even.
 
         Raises EngineError for another shape, or a value that is not floating point where the weight is.
         """
         value = self.check(name, value)
         if self.type == BFLOAT16:
-            bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
-            return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            return rounded(np.asarray(value, np.float32))
         return np.ascontiguousarray(value, np.float16 if self.type == FLOAT16 else np.float32)
 
     def check(self, name: str, value: Weight) -> Weight:
-        """`value`. Raises EngineError for another shape, or where it or the weight is not of floating point."""
+        """Return `value`. Raises EngineError for another shape, or where it or the weight is not of floating point."""
         if tuple(value.shape) != self.shape:
             raise EngineError(f"weight {name}: got shape {tuple(value.shape)}, expected {self.shape}")
         if self.type not in (FLOAT, FLOAT16, BFLOAT16) or value.dtype.kind != "f":
@@ -58,7 +57,7 @@ class Initializer:
 
 
 def initializers(model: bytes) -> dict[str, Initializer]:
-    """Name → Initializer for the weights of a serialised ONNX model. Raises EngineError if it is not one."""
+    """Return the weights of a serialised ONNX model by name. Raises EngineError if it is not one."""
     try:
         return dict(_describe(tensor) for graph in _messages(memoryview(model), _GRAPH)
                     for tensor in _messages(graph, _INITIALIZER))
@@ -67,20 +66,20 @@ def initializers(model: bytes) -> dict[str, Initializer]:
 
 
 def values(model: Path) -> dict[str, np.ndarray]:
-    """Every initializer of ONNX file `model`, read-only; bfloat16 as uint16. Those in other files are mapped, not read.
+    """Return every initializer of ONNX file `model`, read-only; bfloat16 as uint16. Other files are mapped, not read.
 
     Raises EngineError for an element type or a file that cannot be read.
     """
     maps: dict[str, np.memmap[Any, Any]] = {}
-    found = {}
+    arrays = {}
     try:
         for graph in _messages(memoryview(model.read_bytes()), _GRAPH):
             for tensor in _messages(graph, _INITIALIZER):
                 name, weight = _describe(tensor)
-                found[name] = _values(model, tensor, weight, maps)
+                arrays[name] = _values(model, tensor, weight, maps)
     except (IndexError, KeyError, ValueError, OSError) as e:
         raise EngineError(f"{model}: its weights cannot be read ({e!r}); export the bundle again") from e
-    return found
+    return arrays
 
 
 def _values(model: Path, tensor: memoryview, weight: Initializer, maps: dict[str, np.memmap[Any, Any]]) -> np.ndarray:
@@ -110,7 +109,7 @@ def _entry(message: memoryview) -> tuple[str, str]:
 
 
 def refitted(model: Path, names: Collection[str]) -> dict[str, Initializer]:
-    """The initializers `names` of ONNX file `model`. Raises EngineError for one that it does not have."""
+    """Return the initializers `names` of ONNX file `model`. Raises EngineError for one that it does not have."""
     known = initializers(model.read_bytes())
     if unknown := sorted(set(names) - set(known)):
         raise EngineError(f"refit: got unknown weights {', '.join(unknown[:3])}, expected initializers of {model}")
@@ -118,12 +117,12 @@ def refitted(model: Path, names: Collection[str]) -> dict[str, Initializer]:
 
 
 def convert(model: Path, weights: Mapping[str, Weight]) -> dict[str, np.ndarray]:
-    """New weights as the initializers of ONNX file `model` store them. Raises EngineError for a wrong name or shape."""
+    """Return new weights as ONNX file `model` stores them. Raises EngineError for a wrong name or shape."""
     return {name: weight.convert(name, weights[name]) for name, weight in refitted(model, weights).items()}
 
 
 def externalise(model: bytes, names: Collection[str]) -> bytes:
-    """The same model with the values of weights `names` declared external, for a session that is given them."""
+    """Return the model with the values of weights `names` declared external, for a session that is given them."""
     parts = []
     for number, field, value in _fields(memoryview(model)):
         parts.append(_message(_GRAPH, _without_values(value, names)) if number == _GRAPH else bytes(field))
@@ -160,7 +159,7 @@ def _describe(tensor: memoryview) -> tuple[str, Initializer]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """(field number, the whole field, its value) for each field of a message."""
+    """Yield the number, the whole field and its value for each field of a message."""
     at = 0
     while at < len(message):
         start = at
@@ -181,7 +180,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]
 
 
 def _messages(message: memoryview, number: int) -> Iterator[memoryview]:
-    return (value for found, _, value in _fields(message) if found == number)
+    return (value for field, _, value in _fields(message) if field == number)
 
 
 def _read(message: memoryview, at: int) -> tuple[int, int]:
@@ -199,11 +198,11 @@ def _number(value: memoryview) -> int:
 
 
 def _varints(values: memoryview) -> list[int]:
-    found, at = [], 0
+    numbers, at = [], 0
     while at < len(values):
         number, at = _read(values, at)
-        found.append(number)
-    return found
+        numbers.append(number)
+    return numbers
 
 
 def _varint(value: int) -> bytes:

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 
 from kernels.cpu import cpp, library
-
-CHUNK = 1 << 16
-"""Values that are rounded at a time, in cache."""
+from kernels.cpu.bfloat16 import rounded, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +40,11 @@ class LowRank:
         return self.into(np.empty(self.shape, np.float32)).astype(dtype or np.float32, copy=False)
 
     def rows(self, start: int, stop: int) -> LowRank:
-        """Those rows of it."""
+        """Return rows `start` to `stop` of it."""
         return LowRank(self.base[start:stop], self.up[start:stop], self.down)
 
     def into(self, out: np.ndarray) -> np.ndarray:
-        """Write it to `out`, float32, float16, or uint16 for bfloat16, rounded once, to nearest even; returns `out`."""
+        """Write it to `out`, float32, float16, or uint16 for bfloat16, rounded once, to nearest even; return `out`."""
         if not out.size:
             return out
         if library.available() is None:
@@ -57,35 +55,17 @@ class LowRank:
         if len(self.down):
             wide = wide + (self.up @ self.down).reshape(self.shape)
         if out.dtype == np.uint16:
-            return round_to_bfloat16(wide, out)
+            return rounded(wide, out)
         out[...] = wide
         return out
 
 
 Weight = np.ndarray | LowRank
-"""What an engine can be refitted with."""
+"""A new value of a weight, as a refit takes it."""
 
 
 def constant(value: np.ndarray) -> LowRank:
-    """`value`, floating point or bfloat16's bits, without a change."""
+    """Return `value`, floating point or bfloat16's bits, as a weight without a change."""
     value = np.asarray(value, np.float32 if value.dtype == np.float64 else None, order="C")
     rows = value.shape[0] if value.ndim else 1
     return LowRank(value, np.empty((rows, 0), np.float32), np.empty((0, value.size // max(rows, 1)), np.float32))
-
-
-def widened(value: np.ndarray) -> np.ndarray:
-    """float32 of floating point or bfloat16's bits."""
-    if value.dtype == np.uint16:
-        return (value.astype(np.uint32) << 16).view(np.float32)
-    return value.astype(np.float32, copy=False)
-
-
-def round_to_bfloat16(value: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """The bits of float32 `value` in bfloat16, to nearest even; what is finite stays so. Returns `out`, uint16."""
-    to, bits = out.reshape(-1), np.ascontiguousarray(value).reshape(-1).view(np.uint32)
-    for start in range(0, bits.size, CHUNK):
-        chunk = bits[start:start + CHUNK]
-        rounded = (chunk + np.uint32(0x7FFF) + ((chunk >> 16) & 1)) >> 16
-        infinite = (rounded & 0x7F80 == 0x7F80) & (chunk & 0x7F800000 != 0x7F800000)
-        to[start:start + CHUNK] = rounded - infinite
-    return out

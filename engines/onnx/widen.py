@@ -6,25 +6,25 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.onnx.model import library, read
 from engines.spec import EngineError
+
+PURPOSE = "widening a 16-bit graph to float32"
+_TYPE_ATTRIBUTES = ("to", "dtype", "stash_type", "softmax_precision", "output_dtype")
+"""Attributes whose number is an element type."""
 
 
 def widen(source: Path, target: Path) -> int:
-    """Write the float32 version of ONNX file `source` as `target`; returns how many nodes and weights changed.
+    """Write the float32 version of ONNX file `source` as `target`; return how many nodes and weights changed.
 
-    before   weight: float16 ──▶ Conv(float16)          Cast(to=float16)   LayerNormalization(stash_type=float16)
-    after    weight: float16 ──▶ Cast ──▶ Conv(float32)  Cast(to=float32)   LayerNormalization(stash_type=float32)
+        before   weight: float16 ──▶ Conv(float16)          Cast(to=float16)   LayerNormalization(stash_type=float16)
+        after    weight: float16 ──▶ Cast ──▶ Conv(float32)  Cast(to=float32)   LayerNormalization(stash_type=float32)
 
     Weights stay as they are on disk: those in external files are still read from beside `source`, so a widened
-    UNet is a few megabytes. Raises EngineError when onnx_ir is missing.
+    UNet is a few megabytes. Raises EngineError without onnx_ir.
     """
-    try:
-        import onnx_ir as ir
-    except ImportError as e:
-        raise EngineError("a 16-bit graph is widened to float32 with onnx_ir, which is missing; "
-                          "run: pip install onnx-ir") from e
+    ir, model = library(PURPOSE), read(source, PURPOSE)
     narrow = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    model = ir.load(source)
     if model.functions:
         raise EngineError(f"{source}: got a graph with local functions, expected standard operators only")
     changed = 0
@@ -52,6 +52,3 @@ def widen(source: Path, target: Path) -> int:
         model.graph.insert_before(model.graph[0], casts)
     ir.save(model, target)
     return changed + len(casts)
-
-
-_TYPE_ATTRIBUTES = ("to", "dtype", "stash_type", "softmax_precision", "output_dtype")

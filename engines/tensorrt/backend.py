@@ -38,8 +38,9 @@ from engines.onnx.initializers import convert
 from engines.onnx.low_rank import Weight
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from engines.store.places import user_cache
-from engines.tensorrt.build import ABOUT, KINDS, PLAN, Request, dims, logger, write_whole
+from engines.tensorrt.build import ABOUT, PLAN, Request, dims, logger, write_whole
 from engines.tensorrt.choice import build
+from engines.tensorrt.kinds import KINDS
 
 if TYPE_CHECKING:
     import tensorrt as rt

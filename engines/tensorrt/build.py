@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import tensorrt as rt
 
 PLAN, ABOUT = "engine.plan", "tensorrt.json"
-KINDS = {"attention": "Attention", "norm": "GroupNormalization"}
-"""Kind of site that can be a plugin node → the operator that is one."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def _with_plugins(trt: Any, request: Request) -> tuple[bytes | None, dict[str, d
         return False
 
     model, sites = plugin_passes.rewritten(Path(request.onnx), request.inputs, request.plugins, arch, fits)
-    if not any(count["plugin"] for count in sites.values()):
+    if not any(count["ours"] for count in sites.values()):
         return None, sites
     plugins.register(trt, backend(request.flavour).plugins(), arch, request.max_shared)
     return model, sites

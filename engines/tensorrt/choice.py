@@ -62,7 +62,7 @@ def build(request: Request, asked: Mapping[str, str]) -> None:
         for name in (PLAN, ABOUT):
             os.replace(made[best] / name, Path(request.directory) / name)
     sites = json.loads((Path(request.directory) / ABOUT).read_text(encoding="utf8"))["sites"]
-    used = {kind: "plugin" if sites.get(kind, {}).get("plugin") else "native" for kind in sorted(asked)}
+    used = {kind: "plugin" if sites.get(kind, {}).get("ours") else "native" for kind in sorted(asked)}
     _note(request, {
         "kernels": {kind: {"asked": asked[kind], "used": whose} for kind, whose in used.items()},
         "timings": [{"plugins": sorted(kinds), "seconds": seconds[kinds], "rounds": figures}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kernels.cpu import library
+from kernels.cpu.bfloat16 import widened
 from kernels.cpu.library import AttentionArgs, GroupNormArgs, LowRankArgs, Strides
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "uint16": 1, "float16": 2}
@@ -202,9 +203,7 @@ def _parameter(name: str, array: np.ndarray, channels: int) -> np.ndarray:
         return array
     if array.dtype.name not in _DTYPES or not array.dtype.isnative:
         raise ValueError(f"{name}: got dtype {array.dtype}, expected float32, bfloat16 or float16; convert it")
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return np.ascontiguousarray(array, dtype=np.float32)
+    return np.ascontiguousarray(widened(array))
 
 
 def _threads(threads: int | None) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from engines import Bundle
 from engines.onnx.initializers import initializers
+from kernels.cpu.bfloat16 import widened
 from runtime.lora.names import original_names
 
 METADATA = "__metadata__"
@@ -227,9 +228,7 @@ def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, _Config]:
 
 
 def _float32(value: np.ndarray) -> np.ndarray:
-    if value.dtype == np.uint16:  # bfloat16
-        return (value.astype(np.uint32) << 16).view(np.float32)
-    return value.astype(np.float32)
+    return widened(np.array(value))  # a copy: the file may change
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

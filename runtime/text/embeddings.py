@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
+from kernels.cpu.bfloat16 import widened
+
 LARGEST = 1 << 26
 """Bytes of the largest file that is read: an embedding has kilobytes, and a checkpoint is not read by mistake."""
 
 _NAMELESS = ("emb_params", "*")
 _ENCODERS = {"text_encoder": ("clip_l", "text_encoders_0"), "text_encoder_2": ("clip_g", "text_encoders_1")}
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,4 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def _float32(dtype: str, shape: Sequence[int], data: bytes) -> np.ndarray:
-    if dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    return np.frombuffer(data, _DTYPES[dtype]).astype(np.float32).reshape(shape)
+    return widened(np.array(np.frombuffer(data, _DTYPES[dtype]))).reshape(shape)

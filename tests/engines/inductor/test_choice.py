@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 import kernels.cpu.torch_ops  # noqa: E402  registers the operators
 import kernels.triton.attention  # noqa: E402
 import kernels.triton.group_norm  # noqa: E402
-from engines.inductor import choice as inductor_choice  # noqa: E402
-from engines.inductor.sites import Both, Site  # noqa: E402
+from engines.inductor.torch import choice as inductor_choice  # noqa: E402
+from engines.inductor.torch.run import Both, Site  # noqa: E402
 
-SITE = Site("group_norm", ((2, 8, 4, 4), (8,)), (("silu", True),))
+SITE = Site("norm", ((2, 8, 4, 4), (8,)), (("silu", True),))
 needs_cpp = pytest.mark.skipif(bool(library.available()), reason=f"needs the C++ kernels: {library.available()}")
 
 
@@ -24,26 +24,26 @@ def theirs(x, weight, silu):
 
 def choose(ours, asked="auto", tolerance=1e-4):
     both = Both(ours, theirs, ((128, 1, 32, 8), (1,)), count=3)
-    return inductor_choice.choose({SITE: both}, {"group_norm": asked}, torch.float32, "cpu", tolerance)
+    return inductor_choice.choose({SITE: both}, {"norm": asked}, torch.float32, "cpu", tolerance)
 
 
-@pytest.mark.parametrize("faster", ["latentrt", "torch"])
+@pytest.mark.parametrize("faster", ["ours", "vendor"])
 def test_the_faster_is_kept_with_both_figures(monkeypatch, faster):
     """The figures are given here: what a clock says is no test."""
-    seconds = [2e-3, 1e-3] if faster == "torch" else [1e-3, 2e-3]
+    seconds = [2e-3, 1e-3] if faster == "vendor" else [1e-3, 2e-3]
     samplers = [lambda one=one: one for one in seconds]
     monkeypatch.setattr(inductor_choice, "_sampler_on_cpu", lambda call: samplers.pop(0))
     chosen, record = choose(theirs)
     assert chosen == {SITE: faster} and not record["failed"]
     row, = record["timings"]
-    other = "torch" if faster == "latentrt" else "latentrt"
+    other = "vendor" if faster == "ours" else "ours"
     assert row["used"] == faster and row["seconds"] == {faster: 1e-3, other: 2e-3}
-    assert (row["kind"], row["sites"], row["arguments"]) == ("group_norm", 3, {"silu": True})
+    assert (row["kind"], row["sites"], row["arguments"]) == ("norm", 3, {"silu": True})
     assert all(len(rounds) == inductor_choice.ROUNDS for rounds in row["rounds"].values())
 
 
 def test_equally_fast_is_pytorch_s():
-    assert inductor_choice.faster({"latentrt": [1.0, 3.0, 2.0], "torch": [2.0, 2.0, 2.0]}) == "torch"
+    assert inductor_choice.faster({"ours": [1.0, 3.0, 2.0], "vendor": [2.0, 2.0, 2.0]}) == "vendor"
 
 
 def fails(x, weight, silu):
@@ -57,11 +57,11 @@ def fails(x, weight, silu):
 ], ids=["fails", "1 % off", "NaN"])
 def test_ours_that_fails_or_differs_is_left_out_and_says_why(ours, why):
     chosen, record = choose(ours)
-    assert chosen == {SITE: "torch"} and record["timings"] == []
-    assert record["failed"]["group_norm 2x8x4x4 8"].startswith(why)
+    assert chosen == {SITE: "vendor"} and record["timings"] == []
+    assert record["failed"]["norm 2x8x4x4 8"].startswith(why)
 
 
-@pytest.mark.parametrize("asked", ["latentrt", "torch"])
+@pytest.mark.parametrize("asked", ["ours", "vendor"])
 def test_what_is_asked_for_is_not_timed(asked):
     assert choose(fails, asked) == ({SITE: asked}, {"timings": [], "failed": {}})
 

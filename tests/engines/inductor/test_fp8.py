@@ -6,24 +6,24 @@ import shutil
 import numpy as np
 import pytest
 
-import engines
-from engines import store
+from engines.backend import Target
 from engines.bundle import Bundle
 from engines.check import verify
-from engines.inductor import nodes as onnx_nodes
+from engines.inductor.backend import INDUCTOR
 from engines.inductor.options import LEAST, check_fp8
-from engines.machine.buffers import resolve
+from engines.onnx.initializers import values
 from engines.spec import EngineError
-from tests.engines.inductor.test_backend import config, quick  # noqa: F401  quick: compiles without trying instructions
+from engines.store import store
+from tests.engines.inductor.graphs import config
 from tests.engines.store.test_store import rel_rms
 from tests.tolerances import ENGINE_REL_RMS
 
 torch = pytest.importorskip("torch")
 
-from engines.inductor import fp8 as inductor_fp8  # noqa: E402
-from engines.inductor import module as onnx_torch  # noqa: E402
+from engines.inductor.torch import fp8 as inductor_fp8  # noqa: E402
+from tests.tools.torch_modules import shapes_of, torch_module  # noqa: E402
 
-FP8 = {"fp8": "linear", "fp8_least": "32", "attention": "torch", "group_norm": "torch"}
+FP8 = {"fp8": "linear", "fp8_least": "32", "attention": "vendor", "norm": "vendor"}
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs", "least", "fits"), [
@@ -104,7 +104,7 @@ def test_an_engine_in_float8_says_so_and_is_held_to_it(bundle, monkeypatch):
     path = store.find(bundle, "unet_text", in_fp8(bundle))
     record = store.Record.read(path, "")
     assert ENGINE_REL_RMS["bf16"] / 10 < record.check.rel_rms < ENGINE_REL_RMS["fp8"]
-    assert engines.backend("inductor").details(path)["sites"] == {"linear": {"fp8": 1}}
+    assert INDUCTOR.details(path)["sites"] == {"linear": {"fp8": 1}}
     assert verify.measure(bundle, "unet_text", record.config, path).precision == "fp8"
     monkeypatch.setitem(verify.TOLERANCE, "fp8", record.check.rel_rms / 2)
     with pytest.raises(EngineError, match=r"engine of unet_text: .*; leave --option fp8=linear out"):
@@ -113,12 +113,9 @@ def test_an_engine_in_float8_says_so_and_is_held_to_it(bundle, monkeypatch):
 
 def test_layers_that_are_too_small_leave_an_engine_as_it_was(bundle):
     """And held to the tolerance of its own dtype, which is what it says when none of its weights is in float8."""
-    spec = bundle.component("unet_text")
-    shapes = {name: (one.shape, one.dtype) for name, one in resolve(spec.inputs, in_fp8(bundle)).items()}
-    graph = onnx_torch.rewrite(onnx_nodes.read(bundle.path / spec.file), True)
-    found = onnx_torch.survey(graph, shapes, "fp32", frozenset())
+    target = Target.of(bundle, "unet_text", in_fp8(bundle))
     for least, dtypes in ((32, {"fp8"}), (33, {"fp32"}), (None, {"fp32"})):
-        made = onnx_torch.build(found, "fp32", "cpu", None, least)
+        made = torch_module(target.onnx, shapes_of(target), fp8_least=least)
         assert {weight.dtype for weight in made.weights.values()} == dtypes
 
 
@@ -130,9 +127,9 @@ def test_new_weights_are_quantised_anew(bundle):
     feed = verify.inputs(engine.inputs.values(), 5)
     before = verify.run(engine, feed)
     file = bundle.path / bundle.component("unet_text").file
-    graph = onnx_nodes.read(file)
-    name = sorted(name for name in graph.values if graph.is_weight(name))[1]
-    old = graph.numbers(name).copy()
+    stored = {name: value for name, value in values(file).items() if value.dtype == np.float32 and value.size > 1}
+    name = sorted(stored)[1]
+    old = stored[name].copy()
     new = 50 * np.random.default_rng(0).standard_normal(old.shape).astype(np.float32)
     for each in (engine, reference):
         each.refit({name: new})

@@ -158,16 +158,9 @@ def spread(module: Any, image: torch.Tensor) -> None:
 
 def in_torch(file: Any, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The graph as the module that inductor compiles; to compile it takes a minute."""
-    from engines.inductor import module as onnx_torch
-    from engines.inductor import nodes as onnx_nodes
-    from tests.engines.inductor.test_backend import filled
+    from tests.tools.torch_modules import run, torch_module
 
-    graph = onnx_torch.rewrite(onnx_nodes.read(file), True)
-    shapes = {name: (value.shape, str(value.dtype)) for name, value in feed.items()}
-    module = filled(onnx_torch.build(onnx_torch.survey(graph, shapes, "fp32", frozenset()), "fp32", "cpu"))
-    with torch.no_grad():
-        found = module(*(torch.from_numpy(feed[name]) for name in graph.inputs))
-    return {name: value.numpy() for name, value in zip(graph.outputs, found, strict=True)}
+    return run(torch_module(file, {name: (value.shape, str(value.dtype)) for name, value in feed.items()}), feed)
 
 
 LINEAR = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,

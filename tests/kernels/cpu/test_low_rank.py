@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from engines.onnx.low_rank import LowRank, constant, round_to_bfloat16, widened
+from engines.onnx.low_rank import LowRank, constant
 from kernels.cpu import cpp, library
+from kernels.cpu.bfloat16 import rounded, widened
 
 
 @pytest.mark.parametrize("isa", ["numpy", "avx2", "avx512", "amx"])
@@ -18,7 +19,7 @@ def test_a_change_of_low_rank_is_summed_and_rounded_once(isa, base, monkeypatch)
     rng = np.random.default_rng(3)
     for shape, rank in (((9, 50), 5), ((17, 7, 3, 3), 33), ((1, 1), 1), ((8, 1000), 0)):
         wide = rng.standard_normal(shape).astype(np.float32)
-        value = round_to_bfloat16(wide, np.empty(shape, np.uint16)) if base == np.uint16 else wide.astype(base)
+        value = rounded(wide, np.empty(shape, np.uint16)) if base == np.uint16 else wide.astype(base)
         weight = LowRank(value, rng.standard_normal((shape[0], rank)).astype(np.float32),
                          rng.standard_normal((rank, wide.size // shape[0])).astype(np.float32))
         exact = widened(value) + (weight.up.astype(np.float64) @ weight.down).reshape(shape)

@@ -24,9 +24,9 @@ from runtime.networks.shelf import Shelf
 from runtime.text.embeddings import load, load_all
 from runtime.text.encoders import TextEncoders
 from runtime.text.tokenizer import PromptTokenizer
-from tests.export.test_bundle import rel_rms
 from tests.tolerances import EXPORT_REL_RMS, IMAGE_MAX
 from tests.tools import small
+from tests.tools.graphs import rel_rms
 
 ONE, TWO = {"text_encoder": 4}, {"text_encoder": 4, "text_encoder_2": 6}
 REFINER = {"text_encoder_2": 6}

@@ -9,8 +9,8 @@ import torch
 from runtime import Request
 from runtime.text.prompt import LESS, MORE, emphasize
 from runtime.text.tokenizer import PromptTokenizer
-from tests.export.test_bundle import rel_rms
 from tests.tolerances import BATCH_IMAGE_MAX, EXPORT_REL_RMS, IMAGE_MAX
+from tests.tools.graphs import rel_rms
 
 LONG = "a cat and a horse on the hill, " * 12 + "and rain"
 

@@ -3,7 +3,7 @@
     y = (q_x · q_wᵀ) s_x s_w + b        q = round(x / s) in float8_e4m3fn        s = max|x| / 448, of a row
 
 A row of x is a token, one of w an output channel: a large value costs its own row accuracy and no other. Scales are
-float32, and so is the sum. Weights are quantised when they are written (`Weight.write`), activations at every call.
+float32, and so is the sum. Weights are quantised when they are written (`weights.Weight`), activations at every call.
 Bytes moved: a weight is half of what it is in 16 bits; x is read once more, for its scales, unless the compiler joins
 that to what computes x.
 
@@ -22,23 +22,24 @@ STEP = 16
 
 
 def fits(rows: int, inputs: int, outputs: int, least: int) -> bool:
-    """Whether the product of x [rows, inputs] and a weight [outputs, inputs] is computed in float8."""
+    """Return whether the product of x [rows, inputs] and a weight [outputs, inputs] is computed in float8."""
     return min(rows, inputs, outputs) >= least and inputs % STEP == 0 and outputs % STEP == 0
 
 
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., n], floating-point, as (float8_e4m3fn [..., n], float32 scales [..., 1]); a row of zeros stays that."""
+    """Return x [..., n] as float8_e4m3fn [..., n] and float32 scales [..., 1]; a row of zeros stays that."""
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
     return (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """x [..., inputs] times a quantised weight [outputs, inputs] with scales [1, outputs] → bfloat16 [..., outputs].
+    """Return the product of x [..., inputs] and a quantised weight [outputs, inputs], bfloat16 [..., outputs].
 
-    bfloat16 is the one dtype that every architecture and version of PyTorch gives for scales of rows; its rounding is a
-    sixteenth of that of x. x is copied where its rows are not contiguous, as those of channels-first pictures. PyTorch
-    widens to float32 on CPUs: the same numbers, for checking, at no gain.
+    scales: float32 [1, outputs], of the weight. bfloat16 is the one dtype that every architecture and version of
+    PyTorch gives for scales of rows; its rounding is a sixteenth of that of x. x is copied where its rows are not
+    contiguous, as those of channels-first pictures. PyTorch widens to float32 on CPUs: the same numbers, for checking,
+    at no gain.
     """
     flat, scale = quantise(x.reshape(-1, x.shape[-1]))
     y = torch._scaled_mm(flat.contiguous(), weight.t(), scale_a=scale, scale_b=scales, out_dtype=torch.bfloat16,

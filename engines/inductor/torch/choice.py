@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._inductor.utils import fresh_cache
 
-from engines.inductor.sites import Both, Site
+from engines.inductor.torch.run import Both, Site
 
 ROUNDS = 5
 """Turns that are taken, each with both."""
@@ -27,15 +27,15 @@ ENOUGH = {"cpu": 5e-3, "cuda": 1e-3}
 WARM = 3
 """Runs on a GPU before those that are timed."""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def choose(sites: Mapping[Site, Both], asked: Mapping[str, str], dtype: torch.dtype, device: str,
            tolerance: float) -> tuple[dict[Site, str], dict[str, Any]]:
-    """(site → "latentrt" or "torch", what the engine's record says of it) for all `sites` of a kind asked for as auto.
+    """Return whose kernel computes each of `sites`, "ours" or "vendor", and what the engine's record says of that.
 
-    asked: kind → latentrt, torch or auto. tolerance: most relative RMS of the difference between both; ours is not
-    taken where it differs more, or fails, and the record says why.
+    asked: kind → ours, vendor, or auto, which times both. tolerance: most relative RMS of the difference between both;
+    ours is not taken where it differs more, or fails, and the record says why.
     """
     chosen: dict[Site, str] = {}
     timings: list[dict[str, Any]] = []
@@ -51,40 +51,40 @@ def choose(sites: Mapping[Site, Both], asked: Mapping[str, str], dtype: torch.dt
                 chosen[site] = faster(rounds)
                 timings.append({"kind": site.kind, "shapes": site.shapes, "arguments": dict(site.arguments),
                                 "sites": both.count, "used": chosen[site],
-                                "seconds": {whose: statistics.median(one) for whose, one in rounds.items()},
+                                "seconds": {whose: statistics.median(taken) for whose, taken in rounds.items()},
                                 "rounds": rounds})
             except Exception as e:  # of Triton, ctypes, CUDA: whatever it is, PyTorch's own is there
-                chosen[site], failed[_name(site)] = "torch", " ".join(f"{type(e).__name__}: {e}".split())
-                log.info("%s: PyTorch's own: %s", _name(site), failed[_name(site)])
+                chosen[site], failed[_name(site)] = "vendor", " ".join(f"{type(e).__name__}: {e}".split())
+                logger.info("%s: PyTorch's own: %s", _name(site), failed[_name(site)])
     if timings:
-        log.info("timed %d sites in %.1f s", len(timings), time.perf_counter() - start)
+        logger.info("timed %d sites in %.1f s", len(timings), time.perf_counter() - start)
     return chosen, {"timings": timings, "failed": failed}
 
 
 def faster(rounds: Mapping[str, list[float]]) -> str:
-    """Whose median is lower; PyTorch's where they are equal."""
-    return min(("torch", "latentrt"), key=lambda whose: statistics.median(rounds[whose]))
+    """Return whose median is lower; the vendor's where they are equal."""
+    return min(("vendor", "ours"), key=lambda whose: statistics.median(rounds[whose]))
 
 
 def measure(site: Site, both: Both, dtype: torch.dtype, device: str, tolerance: float) -> dict[str, list[float]]:
-    """"latentrt" and "torch" → seconds of a run in each of ROUNDS turns taken with the other.
+    """Return "ours" and "vendor" → seconds of a run in each of ROUNDS turns taken with the other.
 
     Raises ValueError where the two differ by more than `tolerance` (relative RMS), and what they raise themselves.
     """
     arguments = dict(site.arguments)
     tensors = [_seeded(n, shape, strides, dtype, device)
                for n, (shape, strides) in enumerate(zip(site.shapes, both.strides, strict=True))]
-    theirs = both.theirs
+    vendor = both.vendor
     if device != "cpu" and site.kind != "attention":
-        theirs = compiled(theirs)
-    calls = {"latentrt": functools.partial(both.ours, *tensors, **arguments),
-             "torch": functools.partial(theirs, *tensors, **arguments)}
+        vendor = compiled(vendor)
+    calls = {"ours": functools.partial(both.ours, *tensors, **arguments),
+             "vendor": functools.partial(vendor, *tensors, **arguments)}
     with torch.no_grad():
-        ours, own = (call().float() for call in calls.values())
-        apart = float((ours - own).square().mean().sqrt() / own.square().mean().sqrt().clamp(min=1e-30))
+        ours, expected = (call().float() for call in calls.values())
+        apart = float((ours - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp(min=1e-30))
         if not apart <= tolerance:
             raise ValueError(f"differs from PyTorch's by {apart:.1e} (relative RMS), expected at most {tolerance:.0e}")
-        del ours, own
+        del ours, expected
         samplers = {whose: _sampler_on_cpu(call) if device == "cpu" else _sampler_on_gpu(call, device)
                     for whose, call in calls.items()}
         rounds: dict[str, list[float]] = {whose: [] for whose in calls}
@@ -95,7 +95,7 @@ def measure(site: Site, both: Both, dtype: torch.dtype, device: str, tolerance: 
 
 
 def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
-    """`function` for the shapes of its first call, whatever it was compiled for before."""
+    """Return `function` compiled for the shapes of its first call, whatever it was compiled for before."""
     torch.compiler.reset()  # else shapes of earlier calls count, and after a few it is not compiled
     return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
@@ -112,7 +112,7 @@ def _sampler_on_cpu(call: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _sampler_on_gpu(call: Callable[[], Any], device: str) -> Callable[[], float]:
-    """By the GPU's clock, in a graph, so that launching from Python does not count: a package does not."""
+    """Time by the GPU's clock, in a graph, so that launching from Python does not count: a package does not."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -143,7 +143,7 @@ def _sampler_on_gpu(call: Callable[[], Any], device: str) -> Callable[[], float]
 
 def _seeded(seed: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
             device: str) -> torch.Tensor:
-    """Standard normal values in memory of these strides; in order where one of them is 0."""
+    """Return standard normal values in memory of these strides; in order where one of them is 0."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     return torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(values) if all(strides) else values
 
