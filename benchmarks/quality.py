@@ -22,7 +22,8 @@ from benchmarks.harness import measure
 from engines.check.verify import difference
 from engines.cli.options import positive, setting
 from models.world.adherence import Verdict, check
-from models.world.scenes import Scene, held_out
+from models.world.layouts import held_out
+from models.world.scenes import Scene
 from runtime import Pipeline, Request
 from runtime.pictures.save import grid
 

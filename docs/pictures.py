@@ -19,9 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from export import export
 from export.attach import attach
-from models.world import placed, scenes
+from models.world import drawing, placed, scenes
 from models.world.adherence import check
-from models.world.scenes import Layout, Object, Scene, parse
+from models.world.captions import parse
+from models.world.layouts import held_out
+from models.world.scenes import Layout, Object, Scene
 from models.world.steering import in_place, in_style
 from runtime import Control, Lora, Pipeline, Request
 from runtime.pictures.save import save
@@ -110,7 +112,7 @@ def control(pipe: Pipeline) -> list[Row]:
         layouts = [Layout(Scene(tuple(map(Object, shapes, colours, sizes)), (None,) * (len(shapes) - 1), ground),
                           tuple(scenes.RADII[size] for size in sizes), centres)
                    for colours, ground in zip(COLOURS, GROUNDS, strict=True)]
-        hint = Image.fromarray(placed.edges(scenes.draw(layouts[:1]))[0]).convert("RGB")
+        hint = Image.fromarray(placed.edges(drawing.draw(layouts[:1]))[0]).convert("RGB")
         told = [f"{listed(v.scene)} on a {v.scene.background} background" for v in layouts]
         images = draw(pipe, [ask(text, seed, control=(Control("edges", hint),)) for seed, text in enumerate(told)])
         rows.append(Row(f'"{told[0]}" and in other colours   --control edges=HINT', [Cell(hint, "hint"), *(
@@ -128,7 +130,7 @@ def video(pipe: Pipeline) -> list[Row]:
         return [Layout(Scene(objects, (None,), ground), tuple(scenes.RADII[size] for size in sizes),
                        ((16.0 + 4 * n, 44.0), (44.0 - 4 * n, 16.0))) for n in range(7)]
 
-    frames = [Image.fromarray(frame) for frame in scenes.draw(moving(COLOURS[0][:2], GROUNDS[0]))]
+    frames = [Image.fromarray(frame) for frame in drawing.draw(moving(COLOURS[0][:2], GROUNDS[0]))]
     wanted = moving(COLOURS[1][:2], "navy")
     told = f"{listed(wanted[0].scene)} on a navy background"
     request = ask(told, 0, frames=frames, strength=0.9, control=(Control("edges", frames, preprocessor="canny"),))
@@ -145,7 +147,7 @@ def listed(scene: Scene) -> str:
 
 
 def lora(pipe: Pipeline) -> list[Row]:
-    told = scenes.held_out(7, seed=2)
+    told = held_out(7, seed=2)
     rows = []
     for scale in (0.0, 1.0):
         images = draw(pipe, [ask(scene.caption, seed, loras=(Lora(str(LORA), scale),) if scale else ())
