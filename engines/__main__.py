@@ -90,7 +90,7 @@ def _build(options: argparse.Namespace) -> int:
             "auto", dtype or "auto", bundle=bundle, size=next(iter(options.size), None), batch=options.batch[0],
             device=device or "auto", threads=options.threads, build=device is not None)
         print(f"auto: {backend} {dtype} on {device}: {why}", file=sys.stderr)
-    rest = {"threads": options.threads, "device": device or "cpu", "sequence": options.tokens,
+    rest = {"threads": options.threads, "device": device or "cpu", "tokens": options.tokens,
             "options": {**dict(map(_option, options.option)), **kernel_options(options)}}
     paths = store.build_all(bundle, backend, sizes=options.size, batches=options.batch, dtype=dtype or "fp32",
                             components=options.component, rebuild=options.rebuild, check=not options.no_check, **rest)

@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> tuple[Bundle, list[str]]:
         engine, computes, device, why = choose(build, options.dtype, device=options.gpu or "auto",
                                                build=options.gpu is not None)
         graph = computes if device == "cpu" else dtype
-        engines.backend(engine).versions(EngineConfig(engine, graph, device=device, options=own))
+        engines.backend(engine).versions(EngineConfig(engine, dtype=graph, device=device, options=own))
         if device != "cpu":
             computes = "auto"  # as each graph is: XL's VAE is bf16 in an fp16 bundle
         if build == "auto" and not options.quiet:

@@ -16,6 +16,7 @@ from engines.bundle import MANIFEST, Bundle, LatentSpec, Manifest, TextSpec, has
 from engines.bundle.publish import publish
 from engines.spec import DTYPES
 from export.errors import ExportError
+from export.families.manifest import dims
 
 if TYPE_CHECKING:
     from export.sources.addition import Addition
@@ -75,7 +76,7 @@ def _manifest(source: Checkpoint, components: dict[str, Any], directory: Path) -
                           factor=source.factor, multiple=source.multiple),
         text=texts, default_size=source.default_size, extra_channels=source.extra_channels,
         low_res_scheduler=source.low_res_scheduler, max_noise_level=source.max_noise_level,
-        zero_negative=source.zero_negative,
+        zero_negative=source.zero_negative, dims=dims(source.factor, source.multiple),
         files=hash_files(directory, [text.tokenizer for text in texts]), provenance=provenance(source))
 
 

@@ -341,9 +341,9 @@ class Pipeline:
         key = (component, batch, height, width, tokens)
         if key not in self._engines:
             dtype = self.bundle.component(component).dtype if engines.backend(self.backend).on_gpu else self.dtype
-            config = self.bundle.config(component, backend=self.backend, dtype=dtype, batch=batch, height=height,
-                                        width=width, sequence=tokens, threads=self._threads, device=self.device,
-                                        options=self._options)
+            config = self.bundle.config(component, backend=self.backend, dtype=dtype, batch=batch,
+                                        size=(height, width), tokens=tokens, threads=self._threads,
+                                        device=self.device, options=self._options)
             start = time.perf_counter()
             engine = store.load(self.bundle, component, config)
             self._engines[key] = BoundEngine(engine, self._place(engine))

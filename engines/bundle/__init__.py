@@ -14,16 +14,17 @@ from engines.bundle.manifest import (
     Bundle,
     Check,
     Component,
+    DimSpec,
     ExtraChannels,
     LatentSpec,
     Manifest,
     TextSpec,
     hash_file,
     hash_files,
-    parse,
+    resolve_dims,
     write_manifest,
 )
 
 __all__ = ["CONTROL", "FIRST", "FORMAT", "HIDDEN", "MANIFEST", "PARTS", "PREVIOUS", "RESIDUAL", "STORE", "TASKS", "Bundle",
-           "Check", "Component", "ExtraChannels", "LatentSpec", "Manifest", "TextSpec", "hash_file", "hash_files", "parse",
+           "Check", "Component", "DimSpec", "ExtraChannels", "LatentSpec", "Manifest", "TextSpec", "hash_file", "hash_files", "resolve_dims",
            "write_manifest"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.spec import EngineConfig, EngineError, TensorSpec, parse
 
 FORMAT = 2  # 1 had text-to-image models only
 MANIFEST = "manifest.json"
@@ -94,6 +94,37 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
+class DimSpec:
+    """Where the size of a dimension comes from: it is `of` / `divisor`, rounded up, or else the number `size`."""
+
+    of: str = ""
+    divisor: int = 1
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.of) == bool(self.size) or self.divisor < 1 or self.size < 0:
+            raise EngineError(f"manifest dims: got {self!r}, expected the name of another dimension and a divisor, or a "
+                              "size")
+
+
+def resolve_dims(names: Iterable[str], given: Mapping[str, int], dims: Mapping[str, DimSpec]) -> dict[str, int]:
+    """Return the size of each of the dimensions `names`: as given, else as `dims` says.
+
+    Raises EngineError for a dimension of which neither says a size.
+    """
+    def size(name: str, seen: tuple[str, ...] = ()) -> int:
+        if name in given:
+            return given[name]
+        if name not in dims or name in seen:
+            asked = " ← ".join((*seen, name))
+            raise EngineError(f"dimension {asked}: got no size, expected one of {', '.join({**given, **dims})}")
+        spec = dims[name]
+        return spec.size or -(-size(spec.of, (*seen, name)) // spec.divisor)
+
+    return {name: size(name) for name in names}
+
+
+@dataclass(frozen=True)
 class ExtraChannels:
     """UNet input channels after the latent ones: what they mean ("mask", "masked_image", "depth" …) and how many."""
 
@@ -124,6 +155,7 @@ class Manifest:
     low_res_scheduler: Mapping[str, Any] | None = None
     max_noise_level: int = 0
     zero_negative: bool = False
+    dims: Mapping[str, DimSpec] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -148,32 +180,29 @@ class Manifest:
             found += ("video",)
         return found if self.time_ids != 5 else found[1:]
 
+    def picture_size(self, dims: Mapping[str, int]) -> tuple[int, int] | None:
+        """Return (height, width) in pixels of the pictures that an engine of these dimensions is for; None without."""
+        sides = [self._side(side, dims) for side in ("height", "width")]
+        return (sides[0], sides[1]) if all(sides) else None
+
+    def _side(self, side: str, dims: Mapping[str, int]) -> int:
+        """Return the size of a side, from the finest of `dims` that follows from it; 0 where none does."""
+        if side in dims:
+            return dims[side]
+        known = [(factor, size * factor) for name, size in dims.items() if (factor := self._divisor(name, side))]
+        return min(known)[1] if known else 0
+
+    def _divisor(self, name: str, side: str) -> int:
+        """Return how many of `side` make one of dimension `name`; 0 where it does not follow from it."""
+        divisor = 1
+        for _ in self.dims:
+            if name == side or name not in self.dims:
+                break
+            name, divisor = self.dims[name].of, divisor * self.dims[name].divisor
+        return divisor if name == side else 0
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def parse(cls: Any, data: Any, where: str, do: str = "export the bundle again with this version") -> Any:
-    """Build dataclass `cls` from a JSON object; unknown and missing keys raise EngineError naming `where` and `do`."""
-    if not isinstance(data, dict):
-        raise EngineError(f"{where}: got {type(data).__name__}, expected an object")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING
-                and f.default_factory is dataclasses.MISSING}
-    if unknown := set(data) - set(fields):
-        raise EngineError(f"{where}: got unknown keys {sorted(unknown)}; {do}")
-    if missing := required - set(data):
-        raise EngineError(f"{where}: missing keys {sorted(missing)}; {do}")
-    return cls(**data)
-
-
-def _tensors(data: Any, where: str) -> tuple[TensorSpec, ...]:
-    return tuple(parse(TensorSpec, {**d, "shape": tuple(d["shape"])}, where) for d in data)
-
-
-def _component(data: dict[str, Any], where: str) -> Component:
-    return parse(Component, {**data, "inputs": _tensors(data["inputs"], where),
-                              "outputs": _tensors(data["outputs"], where),
-                              "check": parse(Check, data["check"], f"{where}: check")}, where)
 
 
 def _manifest(data: dict[str, Any], where: str) -> Manifest:
@@ -181,18 +210,7 @@ def _manifest(data: dict[str, Any], where: str) -> Manifest:
     if not isinstance(version, int) or version > FORMAT:
         raise EngineError(f"{where}: got bundle format {version!r}, this version reads up to {FORMAT}; "
                           "update latentrt or export the checkpoint again")
-    try:
-        return parse(Manifest, {
-            **data,
-            "components": {n: _component(c, f"{where}: component {n}") for n, c in data["components"].items()},
-            "latent": parse(LatentSpec, data["latent"], f"{where}: latent"),
-            "text": tuple(parse(TextSpec, t, f"{where}: text") for t in data["text"]),
-            "extra_channels": tuple(parse(ExtraChannels, e, f"{where}: extra_channels")
-                                    for e in data.get("extra_channels", ())),
-            "default_size": tuple(data["default_size"]),
-        }, where)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise EngineError(f"{where}: not a latentrt manifest ({e!r}); export the checkpoint again") from e
+    return parse(Manifest, data, where, "export the checkpoint again with this version")
 
 
 @dataclass(frozen=True)
@@ -252,21 +270,25 @@ class Bundle:
             raise ValueError(f"size: got {height}x{width} (height x width), expected multiples of {step} pixels "
                              f"(VAE factor {latent.factor} x UNet depth {latent.multiple}); try {near}")
 
-    def config(self, name: str, *, backend: str, height: int, width: int, batch: int, dtype: str = "fp32",
-               sequence: int = 0, **rest: Any) -> EngineConfig:
-        """The EngineConfig of component `name` for pictures of height×width pixels and `batch` rows.
+    def config(self, name: str, *, backend: str, batch: int, size: tuple[int, int] | None = None, tokens: int = 0,
+               sizes: Mapping[str, int] | None = None, **rest: Any) -> EngineConfig:
+        """Return the EngineConfig of component `name` for `batch` rows, with the dimensions that the component has.
 
-        sequence: tokens of the text; 0 for those of one prompt. Only the dimensions that the component has are set, so
-        that one text encoder serves every picture size.
+        size: (height, width) of the picture in pixels; a component without these needs none, so that one text encoder
+        serves every picture size. tokens: of the text; 0 for those of one prompt. sizes: further dimensions by name,
+        where they are not to be what the manifest says. rest: the other fields of EngineConfig. Raises EngineError for
+        a dimension whose size is not known.
         """
+        height, width = size or (0, 0)
+        given = {"batch": batch, "height": height, "width": width, "sequence": tokens or self.tokens, **(sizes or {})}
+        given = {dim: value for dim, value in given.items() if value or dim == "batch"}
         component = self.component(name)
-        factor = self.manifest.latent.factor
-        values: dict[str, Any] = {
-            "height": height, "width": width, "latent_height": height // factor, "latent_width": width // factor,
-            "sequence": sequence or self.tokens}
-        used = {d for spec in (*component.inputs, *component.outputs) for d in spec.shape if isinstance(d, str)}
-        return EngineConfig(backend=backend, dtype=dtype, batch=batch,
-                            **{k: v for k, v in values.items() if k in used}, **rest)
+        names = {d: None for spec in (*component.inputs, *component.outputs) for d in spec.shape if isinstance(d, str)}
+        try:
+            dims = resolve_dims({"batch": None, **names}, given, self.manifest.dims)
+        except EngineError as e:
+            raise EngineError(f"component {name}: {e}") from e
+        return EngineConfig(backend, dims, **rest)
 
     def verify(self, files: Mapping[str, str]) -> None:
         """Hash `files` (relative path → sha256). Raises EngineError naming the first that is missing or differs."""

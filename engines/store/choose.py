@@ -144,7 +144,7 @@ def _is_usable(one: Candidate, build: bool) -> bool:
 
 def _measured(bundle: Bundle, size: tuple[int, int] | None, batch: int, threads: int) -> dict[Candidate, float]:
     """Seconds of a call of every engine that the runtime would use and that was measured here, the fastest first."""
-    height, width = size or bundle.manifest.default_size
+    size = size or bundle.manifest.default_size
     here, found = verify.machines(), {}
     for path in store.engine_directories(bundle):
         record = _record(path) if path.name.startswith(STEP) else None
@@ -152,7 +152,7 @@ def _measured(bundle: Bundle, size: tuple[int, int] | None, batch: int, threads:
             continue
         own = record.config
         wanted = bundle.config(record.component, backend=own.backend, dtype=own.dtype, device=own.device,
-                               threads=threads, height=height, width=width, batch=2 * batch)
+                               threads=threads, size=size, batch=2 * batch)
         if own == wanted and _fresh(bundle, record):
             found[Candidate(own.backend, own.dtype, own.device)] = record.timing.seconds
     return dict(sorted(found.items(), key=lambda item: item[1]))

@@ -19,15 +19,15 @@ from typing import Any
 
 import engines
 from engines.backend import Engine, Target
-from engines.bundle import Bundle, Check, hash_file, hash_files, parse
+from engines.bundle import Bundle, Check, hash_file, hash_files
 from engines.bundle.publish import BusyError, publish, user_cache
 from engines.check import refit as verify_refit
 from engines.check import verify
 from engines.check.verify import Timing
-from engines.spec import EngineConfig, EngineError
+from engines.spec import EngineConfig, EngineError, parse
 from engines.store import sources
 
-FORMAT = 2  # 1 had no timing
+FORMAT = 3  # 1 had no timing, 2 a field of the config for each dimension
 RECORD = "engine.json"
 KERNELS = "kernels-"
 """What the directory of the runtime's own kernels begins with (`engines/store/runtime_kernels.py`); it is no engine."""
@@ -42,7 +42,7 @@ class Record:
     """What `engine.json` says. key: all that the engine depends on, whose sha256 names the directory.
 
     files: what the backend wrote → sha256. check: figures against the reference, None where the build skipped it.
-    timing: what a call takes, measured together with the check; None where that was skipped, or built by format 1.
+    timing: what a call takes, measured together with the check; None where that was skipped.
     """
 
     component: str
@@ -57,16 +57,12 @@ class Record:
 
     @classmethod
     def read(cls, path: Path, do: str) -> Record:
-        """Read engine directory `path`. Raises EngineError ending in `do` where it is damaged or of a newer format."""
+        """Read engine directory `path`. Raises EngineError ending in `do` where it is damaged or of another format."""
         file = path / RECORD
         try:
             data = json.loads(file.read_text(encoding="utf8"))
-            if data["format"] > FORMAT:
-                raise EngineError(f"{file}: got engine format {data['format']}, this version reads up to {FORMAT}; "
-                                  f"update latentrt, or {do}")
-            data["config"] = EngineConfig.from_json(data["config"])
-            data["check"] = data["check"] and parse(Check, data["check"], str(file), do)
-            data["timing"] = data.get("timing") and parse(Timing, data["timing"], str(file), do)
+            if data["format"] != FORMAT:
+                raise EngineError(f"{file}: got engine format {data['format']}, expected {FORMAT}; {do}")
             return parse(cls, data, str(file), do)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise EngineError(f"{file}: not a readable engine record ({e!r}); {do}") from e
@@ -122,16 +118,17 @@ def build(bundle: Bundle, component: str, config: EngineConfig, *, rebuild: bool
 
 def build_all(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (), batches: Sequence[int] = (1,),
               dtype: str = "fp32", components: Sequence[str] = (), rebuild: bool = False, check: bool = True,
-              **rest: Any) -> list[Path]:
+              tokens: int = 0, **rest: Any) -> list[Path]:
     """Build every engine that the runtime uses for pictures of `sizes` (height, width; default the bundle's own).
 
     Denoisers are built for `batch` rows and, negative prompts first, 2·`batch`; text encoders and VAEs do not depend
-    on it. dtype "auto" is what the backend prefers on this machine, and on a GPU that of the graph. rest: further
-    fields of EngineConfig. Raises ValueError for a size that the model cannot draw.
+    on it. dtype "auto" is what the backend prefers on this machine, and on a GPU that of the graph. tokens: of the
+    text, 0 for those of one prompt. rest: further fields of EngineConfig. Raises ValueError for a size that the model cannot draw.
     """
     from tqdm import tqdm
 
-    jobs = plan(bundle, backend, sizes=sizes, batches=batches, dtype=dtype, components=components, **rest)
+    jobs = plan(bundle, backend, sizes=sizes, batches=batches, dtype=dtype, components=components, tokens=tokens,
+                **rest)
     paths = []
     with tqdm(jobs, unit="engine", disable=None) as bar:
         for name, config in bar:
@@ -155,7 +152,8 @@ def _build_kernels(bundle: Bundle, config: EngineConfig) -> None:
 
 
 def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (), batches: Sequence[int] = (1,),
-         dtype: str = "fp32", components: Sequence[str] = (), **rest: Any) -> list[tuple[str, EngineConfig]]:
+         dtype: str = "fp32", components: Sequence[str] = (), tokens: int = 0,
+         **rest: Any) -> list[tuple[str, EngineConfig]]:
     """(component, config) of every engine that `build_all` builds, each once."""
     module = engines.backend(backend)
     jobs: list[tuple[str, EngineConfig]] = []
@@ -164,8 +162,8 @@ def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (),
         for name in components or used(bundle, backend):
             own = dtype if dtype != "auto" else bundle.component(name).dtype if module.on_gpu else module.dtypes()[0]
             for count in sorted({count for batch in batches for count in _row_counts(name, batch)}):
-                config = bundle.config(name, backend=backend, height=height, width=width, batch=count, dtype=own,
-                                       **rest)
+                config = bundle.config(name, backend=backend, size=(height, width), batch=count, tokens=tokens,
+                                       dtype=own, **rest)
                 if (name, config) not in jobs:
                     jobs.append((name, config))
     return jobs
@@ -244,13 +242,13 @@ def verify_files(bundle: Bundle, path: Path, record: Record) -> None:
 
 def rebuild_command(bundle: Bundle, component: str | None, config: EngineConfig) -> str:
     """"build it again: python -m engines build …" for one engine, or for those of every component of its size."""
-    factor = bundle.manifest.latent.factor
-    height, width = (config.height or config.latent_height * factor), (config.width or config.latent_width * factor)
-    batch = config.batch // 2 if config.batch % 2 == 0 else config.batch  # building for n also builds 2n rows
+    size, batch = bundle.manifest.picture_size(config.dims), config.dims["batch"]
+    batch = batch // 2 if batch % 2 == 0 else batch  # building for n also builds 2n rows
     words = ["python", "-m", "engines", "build", str(bundle.path), "--backend", config.backend,
              *(["--component", component] if component else []), "--batch", str(batch), "--dtype", config.dtype]
-    words += ["--size", f"{height}x{width}"] if height else []
-    words += ["--tokens", str(config.sequence)] if config.sequence not in (0, bundle.tokens) else []
+    words += ["--size", f"{size[0]}x{size[1]}"] if size else []
+    tokens = config.dims.get("sequence", bundle.tokens)
+    words += ["--tokens", str(tokens)] if tokens != bundle.tokens else []
     words += ["--threads", str(config.threads)] if config.threads else []
     words += ["--device", config.device] if config.device != "cpu" else []
     words += [w for name, value in config.options.items() for w in ("--option", f"{name}={value}")]
@@ -259,9 +257,10 @@ def rebuild_command(bundle: Bundle, component: str | None, config: EngineConfig)
 
 def rows(config: EngineConfig) -> str:
     """Shape of a config in words: "2 rows 512x512"."""
-    height, width = config.height or config.latent_height, config.width or config.latent_width
-    size = f" {height}x{width}{'' if config.height else ' latents'}" if height else ""
-    return f"{config.batch} row{'s' * (config.batch > 1)}{size}"
+    dims = config.dims
+    size = (f" {dims['height']}x{dims['width']}" if {"height", "width"} <= dims.keys() else
+            f" {dims['latent_height']}x{dims['latent_width']} latents" if "latent_height" in dims else "")
+    return f"{dims['batch']} row{'s' * (dims['batch'] > 1)}{size}"
 
 
 def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: bool) -> None:

@@ -16,10 +16,11 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from engines.backend import Target
-from engines.bundle import Check, Component, hash_files
+from engines.bundle import Check, Component, hash_files, resolve_dims
 from engines.check import verify
 from engines.spec import EngineConfig, EngineError
 from export.errors import ExportError
+from export.families import manifest as family
 from export.families.stable_diffusion import Graph, graphs
 from export.families.variants import variants
 from export.passes.hoist import Part, hoist
@@ -59,7 +60,7 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
     dims = _dims(checkpoint, check=True)
     inputs = graph.example(dims, SEED)
     others = variants(graph.model) if name == "unet" else ()
-    given = {spec.name: spec.resolve(EngineConfig("", **dims).dims) for other in others for spec in other.inputs}
+    given = {spec.name: spec.resolve(dims) for other in others for spec in other.inputs}
     added = verify.inputs(given.values(), SEED)
     expected = {"": _run(graph, inputs)}
     for other in others:
@@ -124,15 +125,16 @@ def _load(name: str, checkpoint: Checkpoint | Addition) -> Graph:
         return graph(checkpoint.load(graph.source), cast(Checkpoint, checkpoint)).eval()
 
 
-def _dims(checkpoint: Checkpoint | Addition, check: bool) -> dict[str, Any]:
+def _dims(checkpoint: Checkpoint | Addition, check: bool) -> dict[str, int]:
     """Sizes to trace at and, different in every one, to check at: what was fixed by mistake shows."""
     unit, factor, length = checkpoint.multiple, checkpoint.factor, checkpoint.max_length
     batch, height, width, sequence = (3, unit, 2 * unit, length) if check else (2, 3 * unit, 4 * unit, 2 * length)
-    return {"batch": batch, "latent_height": height, "latent_width": width, "height": height * factor,
-            "width": width * factor, "sequence": sequence}
+    given = {"batch": batch, "height": height * factor, "width": width * factor, "sequence": sequence}
+    follow = family.dims(factor, unit)
+    return resolve_dims([*given, *follow], given, follow)
 
 
-def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any], feed: dict[str, np.ndarray],
+def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, int], feed: dict[str, np.ndarray],
            expected: dict[str, np.ndarray], reference: str) -> Check:
     """Run saved graphs, one after another, in onnxruntime on the CPU, widened to float32 if they are of 16 bits.
 
@@ -144,7 +146,7 @@ def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any],
         for part in parts:
             given = {spec.name: arrays[spec.name] for spec in part.inputs}
             arrays |= verify.run_reference(
-                Target(directory, part.file, part, EngineConfig("onnxruntime", **dims)), given)
+                Target(directory, part.file, part, EngineConfig("onnxruntime", dims)), given)
         what = f"{', '.join(part.file for part in parts)} in {parts[0].dtype}"
         return verify.compare(arrays, expected, parts[0].dtype, what, SEED, reference)
     except EngineError as e:

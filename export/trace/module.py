@@ -69,7 +69,7 @@ def trace_module(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Seque
                               count_sites(model.graph), Check("not checked", 0, 0.0, 0.0))
         try:
             got = verify.run_reference(
-                Target(new.parent, file.name, component, EngineConfig("onnxruntime", **dims)), feed)
+                Target(new.parent, file.name, component, EngineConfig("onnxruntime", dims)), feed)
             check = verify.compare(got, expected, "fp32", file.name, 0, REFERENCE)
         except EngineError as e:
             raise ExportError(str(e)) from e

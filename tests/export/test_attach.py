@@ -156,9 +156,9 @@ def test_engines_of_a_net(controlled, plain, bundle):
     assert [n for n in controlled.manifest.components if n not in plain.manifest.components] == whole
     before, after = (store.used(b, "onnxruntime") for b in (plain, controlled))
     assert set(after) - set(before) == {*own, "unet_control_body"} and set(before) < set(after)
-    rows = {name: config.batch for name, config in store.plan(controlled, "onnxruntime", batches=[2])}
+    rows = {name: config.dims["batch"] for name, config in store.plan(controlled, "onnxruntime", batches=[2])}
     assert [rows[name] for name in own] == [2, 32, 1, 4]
-    config = bundle.config(own[-1], backend="onnxruntime", height=64, width=64, batch=2)
+    config = bundle.config(own[-1], backend="onnxruntime", size=(64, 64), batch=2)
     path, other = store.build(bundle, own[-1], config), bundle.path / "engines" / "unet-onnxruntime-0123456789ab"
     other.mkdir()
     assert path.is_dir() and store.verify_files(bundle, path, store.Record.read(path, "")) is None

@@ -263,7 +263,7 @@ def test_single_file_gives_the_same_graphs_as_its_folder(checkpoints, bundles, t
     assert (a.scheduler, a.text, a.latent) == (b.scheduler, b.text, b.latent)
     for name in store.used(bundle, "onnxruntime"):
         rows = TIME_ROWS if name == "unet_time" else 1 if name.startswith("vae") else 2
-        config = bundle.config(name, backend="onnxruntime", height=64, width=80, batch=rows)
+        config = bundle.config(name, backend="onnxruntime", size=(64, 80), batch=rows)
         assert store.find(bundle, name, config), name
 
 

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper as h
 from onnx import numpy_helper
 
-from engines.bundle import Bundle, Check, Component, LatentSpec, Manifest, TextSpec, hash_files, write_manifest
+from engines.bundle import Bundle, Check, Component, DimSpec, LatentSpec, Manifest, TextSpec, hash_files, write_manifest
 from engines.spec import TensorSpec
 
 FACTOR, CHANNELS, TEXT, WIDTH, TOKENS = 8, 4, 32, 32, 77
@@ -40,7 +40,8 @@ def small_bundle(path: Path, dtype: str = "fp32", external: bool = True) -> Bund
         family="small", components=components, scheduler={"_class_name": "DDIMScheduler"}, prediction_type="epsilon",
         latent=LatentSpec(CHANNELS, 0.18215, 0.0, FACTOR, 1),
         text=(TextSpec("text_encoder", "tokenizer/tokenizer.json", TOKENS, 0, "last"),),
-        default_size=(64, 64), files={}, provenance={"source": "small"}))
+        default_size=(64, 64), files={}, provenance={"source": "small"},
+        dims={f"latent_{side}": DimSpec(side, FACTOR) for side in ("height", "width")}))
     return Bundle.open(path)
 
 

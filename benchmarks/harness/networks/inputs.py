@@ -41,5 +41,5 @@ def engines_of(workload: Workload, bundle: Bundle, backend: str, dtype: str, *, 
     """
     parts = workload.component == "unet" and not whole and store.in_parts(bundle, backend)
     names = ("unet_text", "unet_time", "unet_body") if parts else (workload.component,)
-    return {name: bundle.config(name, backend=backend, dtype=dtype, batch=rows(workload), height=workload.height,
-                                width=workload.width, **rest) for name in names}
+    return {name: bundle.config(name, backend=backend, dtype=dtype, batch=rows(workload),
+                                size=(workload.height, workload.width), **rest) for name in names}

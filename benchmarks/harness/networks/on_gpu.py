@@ -156,8 +156,7 @@ def onnxruntime(dtype: str, workload: Workload) -> Run:
     config = engines_of(workload, bundle, "onnxruntime", dtype, whole=True)[workload.component]
     options = ort.SessionOptions()
     for name, value in config.dims.items():
-        if value:
-            options.add_free_dimension_override_by_name(name, value)
+        options.add_free_dimension_override_by_name(name, value)
     with clock():
         tensors = {name: torch.from_numpy(array).cuda() for name, array in feed.items()}
         tensors |= {spec.name: torch.zeros(_shape(spec.shape, config), device="cuda") for spec in component.outputs}

@@ -1,5 +1,6 @@
 """The manifest's reader and writer."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 
 import pytest
 
-from engines.bundle import Bundle, hash_file
+from engines.bundle import Bundle, DimSpec, hash_file, resolve_dims
 from engines.bundle.manifest import LARGE
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from tests.tools.small import small_bundle
@@ -83,14 +84,40 @@ def test_an_unknown_component_lists_those_there_are(path):
 
 def test_config_sets_only_the_dimensions_a_component_has(path):
     bundle = Bundle.open(path)
-    shape = {"backend": "openvino", "height": 64, "width": 96, "batch": 3}
+    shape = {"backend": "openvino", "size": (64, 96), "batch": 3}
     assert bundle.config("unet", **shape) == EngineConfig(
-        "openvino", batch=3, latent_height=8, latent_width=12, sequence=77)
+        "openvino", {"batch": 3, "latent_height": 8, "latent_width": 12, "sequence": 77})
+    assert bundle.config("unet", **shape, tokens=154).dims["sequence"] == 154
     assert bundle.config("vae_decoder", **shape).dims == {
-        "batch": 3, "height": 64, "width": 96, "latent_height": 8, "latent_width": 12, "sequence": 0,
-        "latent_height_2": 4, "latent_width_2": 6, "latent_height_4": 2, "latent_width_4": 3,
-        "latent_height_8": 1, "latent_width_8": 1, "latent_height_16": 0, "latent_width_16": 0}
-    assert bundle.config("text_encoder", **shape) == bundle.config("text_encoder", **{**shape, "height": 128})
+        "batch": 3, "height": 64, "width": 96, "latent_height": 8, "latent_width": 12}
+    assert bundle.config("text_encoder", backend="openvino", batch=3) == bundle.config("text_encoder", **shape)
+    with pytest.raises(EngineError, match="component unet: dimension latent_height ← height: got no size, expected one"):
+        bundle.config("unet", backend="openvino", batch=3)
+
+
+DIMS = {"latent_height": DimSpec("height", 8), "latent_width": DimSpec("width", 8), "frames": DimSpec(size=14),
+        "latent_height_2": DimSpec("latent_height", 2), "latent_width_2": DimSpec("latent_width", 2)}
+
+
+def test_dimensions_follow_from_others_rounded_up(path):
+    names = ["latent_height", "latent_height_2", "frames", "width"]
+    found = resolve_dims(names, {"height": 72, "width": 8}, DIMS)
+    assert found == {"latent_height": 9, "latent_height_2": 5, "frames": 14, "width": 8}
+    assert resolve_dims(["frames", "latent_height_2"], {"frames": 2, "latent_height": 4}, DIMS) == {
+        "frames": 2, "latent_height_2": 2}
+    for dims in ({}, {"x": DimSpec("y")}, {"x": DimSpec("y"), "y": DimSpec("x")}):
+        with pytest.raises(EngineError, match="dimension x.*: got no size, expected one of batch"):
+            resolve_dims(["x"], {"batch": 1}, dims)
+    for wrong in ({}, {"of": "x", "size": 1}, {"of": "x", "divisor": 0}, {"size": -1}):
+        with pytest.raises(EngineError, match="manifest dims: got DimSpec"):
+            DimSpec(**wrong)
+
+
+def test_the_size_of_the_picture_is_known_from_what_an_engine_has(path):
+    manifest = dataclasses.replace(Bundle.open(path).manifest, dims=DIMS)
+    assert manifest.picture_size({"batch": 1, "height": 60, "width": 8, "latent_height": 8}) == (60, 8)
+    assert manifest.picture_size({"latent_height_2": 2, "latent_width": 3, "latent_width_2": 2}) == (32, 24)
+    assert manifest.picture_size({"batch": 1, "frames": 14}) is None
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -109,12 +136,14 @@ def test_verify_names_the_damaged_file(path, damage):
 
 
 def test_config_is_checked_and_round_trips():
-    config = EngineConfig("openvino", "bf16", 2, latent_height=8, latent_width=8, options={"a": 1})
+    config = EngineConfig("openvino", {"batch": 2, "frames": 3}, "bf16", options={"a": 1})
     assert EngineConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(EngineError, match=r"unknown keys.*surprise"):
         EngineConfig.from_json({**config.to_json(), "surprise": 1})
-    for wrong in ({"dtype": "fp64"}, {"batch": 0}, {"height": -1}, {"threads": 1.5}):
-        with pytest.raises(EngineError, match=next(iter(wrong))):
+    for wrong, message in (({"dtype": "fp64"}, "dtype: got 'fp64'"), ({"threads": 1.5}, "threads: got 1.5, .* least 0"),
+                           ({"dims": {"batch": 0}}, "batch: got 0, expected a whole number of at least 1"),
+                           ({"dims": {"batch": True}}, "batch: got True"), ({"dims": 3}, "dims: got 3")):
+        with pytest.raises(EngineError, match=message):
             EngineConfig("openvino", **wrong)
 
 

@@ -58,7 +58,7 @@ def test_every_weight_and_bias_is_found_and_changed(products: tuple[Path, Compon
 
 def opened(backend: str, products: tuple[Path, Component], kind: type | None = None):
     file, component = products
-    config = EngineConfig(backend, batch=3)
+    config = EngineConfig(backend, {"batch": 3})
     if kind is not None:
         return kind(file, component, config), config
     module = engines.backend(backend)
@@ -94,7 +94,7 @@ def test_an_engine_that_loses_a_bias_does_not_pass(products: tuple[Path, Compone
 
 def test_the_engine_in_a_directory(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "small")
-    config = bundle.config("unet", backend="openvino", height=64, width=64, batch=2)
+    config = bundle.config("unet", backend="openvino", size=(64, 64), batch=2)
     path = store.build(bundle, "unet", config)
     assert verify_refit.check(bundle, "unet", config, path).rel_rms < 1e-4
     old = {"conv_in.bias": numpy_helper.to_array(next(
@@ -113,7 +113,7 @@ def test_a_backend_that_refits_is_checked_when_it_is_built(tmp_path: Path, monke
             super().refit({name: value for name, value in weights.items() if name != "conv_in.bias"})
 
     monkeypatch.setattr(module, "refits", lambda config: True, raising=False)
-    config = bundle.config("unet", backend="openvino", height=64, width=64, batch=2)
+    config = bundle.config("unet", backend="openvino", size=(64, 64), batch=2)
     store.build(bundle, "unet", config)
     monkeypatch.setattr(module, "OpenVinoEngine", Forgetful)
     with pytest.raises(EngineError, match=r"engine with \d new weights: output noise_pred differs"):

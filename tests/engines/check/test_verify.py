@@ -44,7 +44,7 @@ def bundle(original, tmp_path):
 
 
 def config(bundle, backend="openvino", batch=2, **rest):
-    return bundle.config("unet", backend=backend, height=64, width=64, batch=batch, **rest)
+    return bundle.config("unet", backend=backend, size=(64, 64), batch=batch, **rest)
 
 
 def run(capsys, *words):

@@ -30,7 +30,7 @@ def bundle(tmp_path_factory):
 
 
 def config(bundle, **rest):
-    return bundle.config("unet", height=64, width=64, batch=2, **rest)
+    return bundle.config("unet", size=(64, 64), batch=2, **rest)
 
 
 def run(capsys, *words):

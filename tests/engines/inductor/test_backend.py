@@ -44,7 +44,7 @@ COMPONENTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 
 
 def config(bundle, component="unet", **rest):
-    return bundle.config(component, backend="inductor", **{"height": 64, "width": 64, "batch": 2, **rest})
+    return bundle.config(component, backend="inductor", **{"size": (64, 64), "batch": 2, **rest})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -268,14 +268,14 @@ def test_a_fresh_process_opens_it_without_a_compiler(small):
         import engines
         from engines import verify
         bundle = engines.Bundle.open({str(small.path)!r})
-        own = bundle.config("unet", backend="inductor", height=64, width=64, batch=2)
+        own = bundle.config("unet", backend="inductor", size=(64, 64), batch=2)
         engine = store.load(bundle, "unet", own)
         out = verify.run(engine, verify.inputs(engine.inputs.values(), 6))["noise_pred"]
         sys.stdout.buffer.write(out.tobytes())
         heavy = {{"onnx", "onnx_ir", "onnxscript", "diffusers", "transformers", "triton"}} & set(sys.modules)
         assert not heavy - {{"triton"}}, heavy
         try:
-            store.build(bundle, "vae_decoder", bundle.config("vae_decoder", backend="inductor", height=64, width=64,
+            store.build(bundle, "vae_decoder", bundle.config("vae_decoder", backend="inductor", size=(64, 64),
                                                                batch=1))
         except engines.EngineError as e:
             sys.stderr.write(str(e))
@@ -432,7 +432,7 @@ def test_a_gpu_graph_holds_our_kernels(bundles):
             x, memory_format=memory_format)
         bundle = Bundle.open({str(bundles["sd2"])!r})
         spec = bundle.component("unet")
-        inputs = resolve(spec.inputs, bundle.config("unet", backend="inductor", height=64, width=64, batch=2))
+        inputs = resolve(spec.inputs, bundle.config("unet", backend="inductor", size=(64, 64), batch=2))
         graph = onnx_torch.rewrite(onnx_nodes.read(bundle.path / spec.file), True)
         with FakeTensorMode(), torch.no_grad():
             shapes = {{n: (s.shape, s.dtype) for n, s in inputs.items()}}
@@ -471,13 +471,13 @@ def test_a_pipeline_draws_the_reference_picture(bundles, tmp_path):
     from runtime import Pipeline, Request
 
     bundle = Bundle.open(shutil.copytree(bundles["sd1_one_level"], tmp_path / "bundle"))
-    request = Request("a cat and a horse", steps=3, seed=5, height=16, width=16, scheduler="ddim")
+    request = Request("a cat and a horse", steps=3, seed=5, size=(16, 16), scheduler="ddim")
     pictures = []
     for backend in ("onnxruntime", "inductor"):
         pipe = Pipeline.load(bundle.path, backend, dtype="fp32", size=(16, 16))
         pictures.append(pipe.decode(pipe(request).latents))
     np.testing.assert_allclose(pictures[1], pictures[0], atol=IMAGE_MAX, rtol=0)
-    own = config(bundle, "unet_body", height=16, width=16)
+    own = config(bundle, "unet_body", size=(16, 16))
     built = set(store.engine_directories(bundle))
     changed = {"conv_out.bias": np.float32([1, 2, 3, 4])}
     outputs = []

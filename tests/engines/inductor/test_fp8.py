@@ -97,7 +97,7 @@ def bundle(bundles, tmp_path_factory):
 
 
 def in_fp8(bundle, **rest):
-    return config(bundle, "unet_text", **{"height": 0, "width": 0, "options": FP8, **rest})
+    return config(bundle, "unet_text", **{"size": None, "options": FP8, **rest})
 
 
 def test_an_engine_in_float8_says_so_and_is_held_to_it(bundle, monkeypatch):

@@ -190,7 +190,7 @@ def test_the_option_chooses_whose_kernel_an_engine_has(bundles, kind: str) -> No
     results = {}
     for name in ("latentrt", "openvino"):
         options = dict.fromkeys(module.KERNELS, "openvino") | {kind: name}
-        config = bundle.config("unet", backend="openvino", height=64, width=64, batch=2, options=options)
+        config = bundle.config("unet", backend="openvino", size=(64, 64), batch=2, options=options)
         engine = store.load(bundle, "unet", config)
         rng = np.random.default_rng(0)
         buffers = {spec.name: spec.empty() for spec in (*engine.inputs.values(), *engine.outputs.values())}
@@ -208,7 +208,7 @@ def test_a_wrong_choice_is_refused(bundles, monkeypatch: pytest.MonkeyPatch) -> 
     bundle = Bundle.open(bundles["shapes"])
 
     def load(**options: str) -> None:
-        store.load(bundle, "unet", bundle.config("unet", backend="openvino", height=64, width=64, batch=2,
+        store.load(bundle, "unet", bundle.config("unet", backend="openvino", size=(64, 64), batch=2,
                                                    options=options))
 
     with pytest.raises(EngineError, match="option attention: got 'flash', expected one of latentrt, openvino"):

@@ -44,7 +44,7 @@ def bundle(original, tmp_path):
 
 
 def config(bundle, backend, dtype, batch=2, **rest):
-    return bundle.config("unet", backend=backend, dtype=dtype, height=64, width=64, batch=batch, **rest)
+    return bundle.config("unet", backend=backend, dtype=dtype, size=(64, 64), batch=batch, **rest)
 
 
 def rewrite(bundle, backend, dtype, **timing):
@@ -65,15 +65,6 @@ def test_a_built_engine_is_timed(bundle):
     assert 0 < record.timing.seconds < 1 and 3 <= record.timing.runs <= 10 and "cores" in record.timing.machine
     unchecked = store.build(bundle, "unet", config(bundle, "openvino", "fp32", batch=3), check=False)
     assert store.Record.read(unchecked, "").timing is None
-
-
-def test_a_record_of_format_1_has_no_timing(bundle):
-    path = store.find(bundle, "unet", config(bundle, "openvino", "fp32"))
-    record = json.loads((path / "engine.json").read_text())
-    del record["timing"]
-    (path / "engine.json").write_text(json.dumps({**record, "format": 1}))
-    assert store.Record.read(path, "").timing is None
-    store.load(bundle, "unet", config(bundle, "openvino", "fp32"))
 
 
 @without_gpu

@@ -57,8 +57,8 @@ def bundle(originals, tmp_path):
     return Bundle.open(shutil.copytree(originals["fp32", True], tmp_path / "small"))
 
 
-def config(bundle, backend="openvino", component="unet", height=64, width=64, batch=1, **rest):
-    return bundle.config(component, backend=backend, height=height, width=width, batch=batch, **rest)
+def config(bundle, backend="openvino", component="unet", size=(64, 64), batch=1, **rest):
+    return bundle.config(component, backend=backend, size=size, batch=batch, **rest)
 
 
 def rel_rms(got, expected):
@@ -97,7 +97,7 @@ def bound(engine, seed=0):
 @pytest.mark.parametrize(("height", "width", "batch"), SHAPES)
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 def test_equals_torch(bundle, backend, dtype, height, width, batch):
-    engine = store.load(bundle, "unet", config(bundle, backend, height=height, width=width, batch=batch, dtype=dtype))
+    engine = store.load(bundle, "unet", config(bundle, backend, size=(height, width), batch=batch, dtype=dtype))
     feed = verify.inputs(engine.inputs.values(), 3)
     got = verify.run(engine, feed)["noise_pred"]
     assert got.shape == (batch, 4, height // 8, width // 8)
@@ -123,7 +123,7 @@ def test_a_widened_graph_holds_no_second_copy_of_the_weights(originals, tmp_path
 @pytest.mark.parametrize("component", ["text_encoder", "vae_decoder"])
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 def test_other_components_equal_the_reference(bundle, component, backend, dtype):
-    own = config(bundle, backend, component, width=96, batch=2, dtype=dtype)
+    own = config(bundle, backend, component, size=(64, 96), batch=2, dtype=dtype)
     engine = store.load(bundle, component, own)
     feed = verify.inputs(engine.inputs.values(), 5)
     expected = verify.reference(bundle, component, own, feed)
@@ -254,8 +254,8 @@ def test_a_hit_does_not_build(bundle):
     assert os.listdir(bundle.path / "engines") == [first.name]
 
 
-CHANGES = {"backend": "onnxruntime", "dtype": "bf16", "batch": 2, "height": 8, "width": 8, "latent_height": 16,
-           "latent_width": 16, "sequence": 10, "device": "cpu:avx2", "threads": 1, "options": {"a": "b"}}
+CHANGES = {"backend": "onnxruntime", "dtype": "bf16", "dims": {"batch": 2, "latent_height": 16},
+           "device": "cpu:avx2", "threads": 1, "options": {"a": "b"}}
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(EngineConfig)])
@@ -369,7 +369,7 @@ def test_a_read_only_bundle_uses_the_cache_directory(bundle, tmp_path):
         import engines
         from engines.store import store
         bundle = engines.Bundle.open({str(bundle.path)!r})
-        own = bundle.config("vae_decoder", backend="onnxruntime", height=64, width=64, batch=1)
+        own = bundle.config("vae_decoder", backend="onnxruntime", size=(64, 64), batch=1)
         print(store.build(bundle, "vae_decoder", own))
         store.load(bundle, "vae_decoder", own)
     """)
@@ -414,7 +414,7 @@ def test_a_damaged_onnx_file_is_refused(bundle, backend, built):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda r: r.update(format=99), "engine format 99, this version reads up to 2"),
+    (lambda r: r.update(format=99), "got engine format 99, expected 3; build it again"),
     (lambda r: r.update(surprise=1), r"unknown keys \['surprise'\]"),
     (lambda r: r.pop("files"), r"missing keys \['files'\]"),
     (lambda r: r.pop("config"), "not a readable engine record"),
@@ -624,7 +624,7 @@ def test_loading_and_running_imports_nothing_heavy(bundle):
         from engines.store import store
         bundle = engines.Bundle.open({str(bundle.path)!r})
         for backend in {BACKENDS!r}:
-            engine = store.load(bundle, "unet", bundle.config("unet", backend=backend, height=64, width=64, batch=1))
+            engine = store.load(bundle, "unet", bundle.config("unet", backend=backend, size=(64, 64), batch=1))
             engine.refit({{"norm.bias": engine.inputs["timestep"].empty().repeat(32) * 0}})
         heavy = {{"torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "transformers"}} & set(sys.modules)
         assert not heavy, heavy

@@ -193,7 +193,7 @@ def test_openvino_cuts_new_weights_where_it_cuts_the_old(bundles, dtype):
     if dtype not in engines.backend("openvino").dtypes():
         pytest.skip(f"no {dtype} here")
     bundle = Bundle.open(bundles["sd1"])
-    config = bundle.config("unet_body", backend="openvino", dtype=dtype, batch=2, height=64, width=64)
+    config = bundle.config("unet_body", backend="openvino", dtype=dtype, batch=2, size=(64, 64))
     onnx, component = bundle.path / "unet_body.onnx", bundle.component("unet_body")
     rng, weights = np.random.default_rng(4), {}
     for name, base in values(onnx).items():

@@ -52,7 +52,7 @@ def xl(checkpoints, bundles):
     bundle = Bundle.open(bundles["sdxl"])
 
     def engine(component: str, rows: int) -> BoundEngine:
-        config = bundle.config(component, backend="onnxruntime", height=64, width=64, batch=rows)
+        config = bundle.config(component, backend="onnxruntime", size=(64, 64), batch=rows)
         return BoundEngine(store.load(bundle, component, config))
 
     reference = diffusers.StableDiffusionXLPipeline.from_pretrained(checkpoints["sdxl"], dtype=torch.float32)
@@ -422,7 +422,7 @@ def test_a_bundle_from_before_textual_inversion(tmp_path):
 
     def engine(component: str, rows: int) -> BoundEngine:
         return BoundEngine(store.load(bundle, component, bundle.config(
-            component, backend="onnxruntime", height=64, width=64, batch=rows)))
+            component, backend="onnxruntime", size=(64, 64), batch=rows)))
 
     encode = TextEncoders(bundle, engine)
     assert encode([Request("a BREAK b", prompt_style="weighted")])[0].states.shape == (2, 154, 32)
