@@ -379,7 +379,8 @@ class TensorRtEngine(Engine):
 def _kernels() -> str:
     """Hash of what our kernels are compiled from, and of the compiler's version."""
     here = Path(kernels.__file__).parent
-    names = ["aot/build.py", "aot/specialise.py", "aot/variant.py", "triton/attention.py", "triton/group_norm.py"]
+    names = ["aot/compiler.py", "aot/specialise.py", "aot/variant.py", "triton/attention.py", "triton/group_norm.py",
+             "triton/group_norm_kernels.py"]
     try:
         triton = version("triton")
     except PackageNotFoundError:

@@ -35,9 +35,8 @@ def run(op: str, kernel: Any, constants: dict[str, int], tensors: dict[str, torc
 def test_guidance_step(memory: int, guided: bool) -> None:
     arguments = stepping.random_arguments(memory=memory, latent=(4, 36, 32), guided=guided, dtype="fp16")
     got = stepping.copied(arguments)
-    shape = guidance_step.config(memory)
     run("guidance_step", guidance_step._guidance_step,
-        {"MEMORY": memory, "BLOCK": shape.block, "CHUNK": shape.chunk}, got)
+        {"MEMORY": memory, "BLOCK": guidance_step.block(memory), "CHUNK": guidance_step.CHUNK}, got)
     stepping.check_against_reference(arguments, got)
 
 

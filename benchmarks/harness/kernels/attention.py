@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks import cases
 from benchmarks.harness.kernels.bench import Bench, Run, Setting, as_numpy, as_tensor, floor, random
-from kernels.cpu import native
+from kernels.cpu import cpp
 from kernels.triton import attention
 
 SDPA_BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION",
@@ -29,7 +29,7 @@ def make(case: cases.Attention, dtype: str, setting: Setting) -> Bench:
     def ours_on_cpu(isa: str) -> Run:
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             heads_first = (as_numpy(t).transpose(0, 2, 1, 3) for t in (q, k, v))
-            out = native.attention(*heads_first, causal=case.causal, threads=setting.threads, isa=isa)
+            out = cpp.attention(*heads_first, causal=case.causal, threads=setting.threads, isa=isa)
             return as_tensor(out, dtype).transpose(1, 2)
         return run
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks import cases
 from benchmarks.harness.kernels.bench import Bench, Run, Setting, as_numpy, as_tensor, floor, peers, random
-from kernels.cpu import native
+from kernels.cpu import cpp
 from kernels.triton import group_norm, layer_norm
 
 
@@ -30,9 +30,9 @@ def make_group_norm(case: cases.GroupNorm, dtype: str, setting: Setting) -> Benc
 
         def run(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
             array = as_numpy(x)
-            out = native.group_norm(np.moveaxis(array, 1, -1) if setting.channels_last else array, case.groups, *wide,
-                                    eps=case.eps, silu=case.silu, channels_last=setting.channels_last,
-                                    threads=setting.threads, isa=isa)
+            out = cpp.group_norm(np.moveaxis(array, 1, -1) if setting.channels_last else array, case.groups, *wide,
+                                 eps=case.eps, silu=case.silu, channels_last=setting.channels_last,
+                                 threads=setting.threads, isa=isa)
             return as_tensor(out, dtype).movedim(-1, 1) if setting.channels_last else as_tensor(out, dtype)
         return run
 

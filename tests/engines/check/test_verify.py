@@ -16,7 +16,7 @@ from engines.check import trajectory, verify
 from engines.check.verify import difference
 from engines.spec import EngineError, TensorSpec
 from engines.store import store
-from runtime.loop.step import advance, guide, initial_state
+from kernels.host.step import advance, guide, initial_state
 from runtime.schedulers import make_table
 from tests.tolerances import IMAGE_MAX, PSNR_16BIT_DB, SCHEDULER_REL
 from tests.tools.small import small_bundle

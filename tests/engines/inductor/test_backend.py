@@ -27,7 +27,7 @@ from engines.inductor.options import KERNELS, NATIVE
 from engines.machine.buffers import resolve
 from engines.spec import EngineConfig, EngineError
 from engines.store import store
-from kernels.cpu import native
+from kernels.cpu import library
 from tests.engines.store.test_store import bound, rel_rms, unet, weights
 from tests.tolerances import ENGINE_REL_RMS, IMAGE_MAX
 from tests.tools.small import small_bundle
@@ -37,7 +37,7 @@ torch = pytest.importorskip("torch")
 from engines.inductor import module as onnx_torch  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
-KERNELS_OF = {"fp32": {}, "bf16": {} if native.available() else dict.fromkeys(NATIVE, "latentrt")}
+KERNELS_OF = {"fp32": {}, "bf16": {} if library.available() else dict.fromkeys(NATIVE, "latentrt")}
 """Options of the small UNet in each dtype: in fp32 both kernels are timed, in bf16 the C++ ones are asked for."""
 module = engines.backend("inductor")
 COMPONENTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -166,7 +166,7 @@ def test_what_a_build_leaves(small):
     found = module.details(path)
     assert {kind: sum(sites.values()) for kind, sites in found["sites"].items()} == {
         "attention": 1, "group_norm": 1, "layer_norm": 1}
-    timed = {} if native.available() else dict.fromkeys(NATIVE, "auto")
+    timed = {} if library.available() else dict.fromkeys(NATIVE, "auto")
     assert {kind: one["asked"] for kind, one in found["kernels"].items()} == dict.fromkeys(
         found["sites"], "torch") | timed
     assert {row["kind"] for row in found["timings"]} == set(timed) and not found["failed"]
@@ -176,7 +176,7 @@ def test_what_a_build_leaves(small):
         assert found["kernels"][row["kind"]]["used"] == row["used"]
 
 
-@pytest.mark.skipif(bool(native.available()) or "bf16" not in module.dtypes(), reason="needs the C++ kernels and bf16")
+@pytest.mark.skipif(bool(library.available()) or "bf16" not in module.dtypes(), reason="needs the C++ kernels and bf16")
 def test_the_kernels_that_are_asked_for_are_used(small):
     found = module.details(store.find(small, "unet", config(small, dtype="bf16", options=KERNELS_OF["bf16"])))
     assert found["sites"] == {"attention": {"latentrt": 1}, "group_norm": {"latentrt": 1}, "layer_norm": {"torch": 1}}
@@ -529,7 +529,7 @@ def test_a_captured_run_sees_new_inputs_and_new_weights(tmp_path):
 def test_versions_name_the_device():
     """And the C++ kernels, where an engine may hold calls of them."""
     named = {"inductor", "cpu", "arch", "isa"}
-    assert set(module.versions(EngineConfig("inductor"))) == named | (set() if native.available() else {"kernels"})
+    assert set(module.versions(EngineConfig("inductor"))) == named | (set() if library.available() else {"kernels"})
     own = EngineConfig("inductor", options=dict.fromkeys(NATIVE, "torch"))
     assert set(module.versions(own)) == named
     assert module.versions()["inductor"].startswith(torch.__version__.partition("+")[0])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.host.step import advance, guide, initial_state
 from kernels.host.step_table import CLIP, DRAW, MEMORIES, MIX, fitting_memory, pack, width
 from kernels.triton import guidance_step as op
-from runtime.loop.step import advance, guide, initial_state
 from runtime.schedulers import Table, make_table, names
 from tests.runtime.schedulers.test_schedulers import STABLE
 from tests.tolerances import SCHEDULER_REL
@@ -326,9 +326,8 @@ def test_every_variant_is_what_the_launcher_would_launch() -> None:
     found = {(v.signature["noise_pred_ptr"], v.constants["MEMORY"]): v for v in op.variants()}
     assert len(found) == len(DTYPES) * len(MEMORIES)
     for (_, memory), variant in found.items():
-        shape = op.config(int(memory))
         assert (variant.constants["BLOCK"], variant.constants["CHUNK"], variant.num_warps) == (
-            shape.block, shape.chunk, shape.num_warps)
+            op.block(int(memory)), op.CHUNK, op.NUM_WARPS)
         assert variant.signature["sample_ptr"] == variant.signature["noise_pred_ptr"]
 
 

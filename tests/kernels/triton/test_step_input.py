@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.host import ops
 from kernels.host.step_table import INPUT_SCALE, pack_times, time_columns
 from kernels.triton import step_input as op
-from runtime.devices import host
 from tests.tools.kernel_cases import DEVICE, DTYPES
 
 Arguments = dict[str, torch.Tensor]
@@ -55,7 +55,7 @@ def test_numpy_writes_what_the_reference_writes() -> None:
     arguments = random_arguments()
     truth, run = copied(arguments), {name: t.cpu().numpy().copy() for name, t in arguments.items()}
     op.reference(**truth)
-    host.step_input(**run)
+    ops.step_input(**run)
     for name in ("sample", "arena"):
         np.testing.assert_array_equal(run[name], truth[name].cpu().numpy())
 
