@@ -26,8 +26,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "export": Command("export", "export.__main__:_parser", "turn a checkpoint into a bundle; add a ControlNet or a VAE"),
-    "engines": Command("engines", "engines.__main__:_parser", "list, build, inspect and verify the engines of a bundle"),
+    "export": Command("export", "export.__main__:_parser",
+                      "turn a checkpoint into a bundle; add a ControlNet or a VAE"),
+    "engines": Command("engines", "engines.__main__:_parser",
+                       "list, build, inspect and verify the engines of a bundle"),
     "draw": Command("runtime", "runtime.cli.options:parser", "draw pictures from prompts, pictures and videos"),
     "bench": Command("benchmarks", "benchmarks.__main__:parser", "measure tasks, quality and speed, beside others"),
 }
@@ -83,8 +85,8 @@ def _run(name: str, words: list[str]) -> int:
     except ModuleNotFoundError as e:
         if name != "bench":
             raise
-        missing = "the benchmarks, which are in the repository only" if (e.name or "").startswith("benchmarks") else e.name
-        print(f"error: bench: got no {missing}, expected a checkout of latentrt; in it run: "
+        what = "package benchmarks, which is in the repository only" if e.name == "benchmarks" else e.name
+        print(f"error: bench: got no {what}, expected a checkout of latentrt with all that it measures; in it run: "
               "pip install -e '.[benchmarks]'", file=sys.stderr)
         return 2
     status: int = module.main(words)

@@ -5,11 +5,13 @@ examples:
   python -m benchmarks trajectory sd15.bundle --backend openvino --steps 50 --json trajectory.json
   python -m benchmarks trajectory sd15.bundle --scheduler dpm++_2m_karras
 
-Each denoises the same seeded latents with its own predictions, by the runtime's own sampler and guidance; the reference,
-ONNX Runtime in fp32 on the CPU, decodes both results. `python -m engines verify` compares one call of every engine.
+Each denoises the same seeded latents with its own predictions, by the runtime's own sampler and guidance; the
+reference, ONNX Runtime in fp32 on the CPU, decodes both results. `python -m engines verify` compares one call of every
+engine.
 
-How to read it: PSNR and relative RMS are those of the latents after each step, against the reference's. The picture of a
-16-bit engine must have at least 35 dB of full scale, that of an fp32 engine be within 1e-3; else the exit status is 1.
+How to read it: PSNR and relative RMS are those of the latents after each step, against the reference's. The picture of
+a 16-bit engine must have at least 35 dB of full scale, that of an fp32 engine be within 1e-3; else the exit status is
+1.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def in_rows(engine: Engine, feed: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def decode(bundle: Bundle, size: tuple[int, int] | None, latents: list[np.ndarray]) -> list[np.ndarray]:
-    """Return pictures [3, H, W] in [0, 1] by the reference decoder; latents [C, h, w] are pictures where there is none."""
+    """Return pictures [3, H, W] in [0, 1] of latents [C, h, w] by the reference decoder; without one as they are."""
     if not (decoders := bundle.of_role("first_stage_decoder")):
         return [np.clip(x / 2 + 0.5, 0, 1) for x in latents]
     name, component = bundle.graph(decoders[0])
@@ -189,7 +189,7 @@ def _from_parts(bundle: Bundle, config: EngineConfig, size: tuple[int, int] | No
 def _conditions(bundle: Bundle, component: Component, config: EngineConfig, seed: int) -> Arrays:
     """Return the denoiser's inputs beside sample and timestep, two rows of each.
 
-    Text states are those of the reference's text encoder for seeded tokens; what it does not give is drawn as checks do.
+    Text states are those of the reference's text encoder for seeded tokens; others are drawn as for checks of one call.
     """
     specs = [spec.resolve(config.dims) for spec in component.inputs if spec.name not in ("sample", "timestep")]
     feed = verify.inputs(specs, seed)

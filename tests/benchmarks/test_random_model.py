@@ -18,7 +18,7 @@ TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num
 
 
 def shrink(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configuration that ships with small widths, its two lowest levels and a VAE of one."""
+    """Give the configuration that ships small widths, its two lowest levels and a VAE of one."""
     config = json.loads((CONFIGS / f"{family}.json").read_text())
     unet, vae = config["unet"], config["vae"]
     unet |= {"block_out_channels": [32, 64], "cross_attention_dim": 32, "layers_per_block": 1,
@@ -45,7 +45,7 @@ def test_a_random_xl_checkpoint_is_one_that_export_reads(tmp_path: Path, monkeyp
 
 
 def test_a_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made once, the same each time, and its output has the scale of noise."""
+    """It is made once, the same each time, and its output has the scale of noise."""
     shrink("sd1", tmp_path, monkeypatch)
     bundle, checkpoint = random_model.make("sd1", directory=tmp_path)
     weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""What benchmarks that measure in turn rely on: processes, rounds, memory, failures, Ctrl-C, and charts."""
+"""Benchmarks that measure in turn: processes, rounds, memory, failures, Ctrl-C, and charts."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ RATES = {"flops": 1e9, "product": 3e9, "seconds": {"bf16": 0.5, "fp32": 2.0}}
 
 
 def now(workload: Workload) -> Callable[[], float]:
-    """A contender whose result is when it ran."""
+    """Load a contender whose result is when it ran."""
     return time.time
 
 
 def cached(workload: Workload) -> Callable[[], bool]:
-    """Leaves a file behind at its first start; the result of a later one is whether it is there."""
+    """Load one that leaves a file behind at its first start; its result later is whether that is there."""
     assert workload.fresh != workload.cache.exists()
     workload.cache.mkdir(exist_ok=True)
     return workload.cache.exists
 
 
 def timed(workload: Workload) -> Callable[[], turns.Timed]:
-    """Takes no time, and says that each call took an hour of a GPU and a megabyte of its memory."""
+    """Load one that takes no time, and says that each call took an hour of a GPU and a megabyte of its memory."""
     taken = 0
 
     def run() -> turns.Timed:
@@ -139,7 +139,7 @@ def test_bars_are_the_figures(tmp_path: Path) -> None:
 
 
 def run_for_ever(directory: str) -> None:
-    """In a process of its own, until Ctrl-C: measure with the bundle there, and rewrite figures.json."""
+    """Measure with the bundle there and rewrite figures.json, in a process of its own, until Ctrl-C."""
     path = Path(directory)
     args = argparse.Namespace(rounds=10**6, seconds=1e9, least=3, no_build=False, json=path / "figures.json")
     try:

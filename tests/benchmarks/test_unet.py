@@ -35,7 +35,7 @@ def model(bundles: dict[str, Path], checkpoints: dict[str, Path]) -> list[str]:
 
 
 def here(contenders: dict[str, Any]) -> list[str]:
-    """Those that take seconds, on this CPU: not who compiles C++."""
+    """Return the names of contenders that take seconds on this CPU: not who compiles C++."""
     return [name for name in contenders
             if not ("compile" in name or "inductor" in name)
             and (BF16 or not (name.startswith("latentrt") and name.endswith("bf16")))]
@@ -48,7 +48,7 @@ def measured(model: list[str], command: str, tmp_path: Path, *arguments: str, si
 
 
 def check_figures(results: dict[str, Any], limit: dict[str, Any], reference: str) -> None:
-    """What both commands derive."""
+    """Check what both commands derive."""
     for name, result in results.items():
         median, dtype = result["median"], name[-4:]
         assert result["left_out"] is None and result["p20"] <= median <= result["p80"]
