@@ -130,7 +130,7 @@ def ours(backend: str, dtype: str) -> Contender:
 
 
 def _ours(backend: str, dtype: str, drawing: Drawing) -> Draw:
-    from engines.store.store import build_all
+    from engines.store import build_all
     from runtime import Pipeline, Request
 
     size = (drawing.height, drawing.width)
@@ -169,7 +169,7 @@ def _torch(dtype: str, drawing: Drawing, compiled: bool) -> Draw:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    xl = bool(Bundle.open(drawing.bundle).manifest.time_ids)
+    xl = Bundle.open(drawing.bundle).manifest.condition("sizes") is not None
     kind, options = (StableDiffusionXLPipeline, {}) if xl else (StableDiffusionPipeline, {"safety_checker": None})
     pipe = kind.from_pretrained(drawing.checkpoint, local_files_only=True, dtype=getattr(torch, limits.DTYPES[dtype]),
                                 **options)

@@ -104,7 +104,9 @@ def parse(cls: type[T], data: Any, where: str, do: str) -> T:
     return cls(**{name: _value(kinds[name], value, f"{where}: {name}", do) for name, value in data.items()})
 
 
-_kinds = functools.cache(typing.get_type_hints)
+@functools.cache
+def _kinds(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _value(kind: Any, value: Any, where: str, do: str) -> Any:
@@ -114,7 +116,7 @@ def _value(kind: Any, value: Any, where: str, do: str) -> Any:
             return None
         kind = next(one for one in kind.__args__ if one is not type(None))
     inner = typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return parse(kind, value, where, do)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from engines import Bundle
+from engines import Bundle, store
 from engines.cli.interrupt import interruptible
-from engines.store import store
 from engines.store.choose import choose
 from runtime import EngineError, Pipeline, Request, Result
 from runtime.cli.options import LATENTS, parser, requests_of

@@ -16,10 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import engines
-from engines import Bundle, Engine, EngineError
-from engines.bundle import CONTROL
+from engines import Bundle, Engine, EngineError, store
 from engines.machine.gpu import gpus
-from engines.store import store
 from engines.store.choose import choose
 from engines.store.runtime_kernels import runtime_kernels
 from kernels.aot.artefact import KernelError
@@ -138,7 +136,7 @@ class Pipeline:
                 raise ValueError(f"tile: got {tile} pixels, expected a multiple of {bundle.manifest.latent.factor}")
         backend, dtype, device, _ = choose(backend, dtype, device, bundle=bundle, size=size, batch=batch,
                                            threads=threads)
-        own = bundle.component("unet").dtype
+        own = bundle.dtype
         if engines.backend(backend).on_gpu and dtype != own:
             raise EngineError(f"dtype: got {dtype}, expected {own}, that of the graph, which {backend} keeps; "
                               f"export the checkpoint with --dtype {dtype}")
@@ -147,9 +145,9 @@ class Pipeline:
                    eager=eager, progress=progress, tile=tile, options=options, safety_checker=safety_checker,
                    depth_estimator=depth_estimator)
         loads = [pipe._texts.load, lambda: pipe._unet.load(size, 2 * batch),
-                 lambda: pipe._engine("vae_decoder", 1, *pipe._tile_of(*size))]
+                 lambda: pipe._engine(bundle.network("first_stage_decoder"), 1, *pipe._tile_of(*size))]
         if not {"text-to-image", "upscale"} & set(bundle.manifest.tasks):
-            loads.append(lambda: pipe._engine("vae_encoder", 1, *pipe._tile_of(*size)))
+            loads.append(lambda: pipe._engine(bundle.network("first_stage_encoder"), 1, *pipe._tile_of(*size)))
         with pipe._bar(total=len(loads), desc="load", unit="engine") as bar:
             for load in loads:
                 load()
@@ -234,9 +232,9 @@ class Pipeline:
     def _net(self, name: str) -> UNet:
         """An attached ControlNet."""
         if name not in self._nets:
-            component = CONTROL + name
-            parts = store.in_parts(self.bundle, self.backend, component)
-            self._nets[name] = UNet(self.bundle, self._engine, parts, component)
+            network = self.bundle.label(name)
+            parts = store.in_parts(self.bundle, self.backend, network)
+            self._nets[name] = UNet(self.bundle, self._engine, parts, network)
         return self._nets[name]
 
     def _after_step(self, drawn: list[list[Job]], bar: tqdm) -> Callable[[Job], None]:
@@ -274,7 +272,7 @@ class Pipeline:
     def _encode_picture(self, image: np.ndarray) -> Encoded:
         """float32 [3, height, width] in [-1, 1] to its latents."""
         size, factor = self._tile_of(*image.shape[1:]), self.bundle.manifest.latent.factor
-        encoder = self._engine("vae_encoder", 1, *size)
+        encoder = self._engine(self.bundle.network("first_stage_encoder"), 1, *size)
 
         def run(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             found = encoder(image=part[None])
@@ -289,7 +287,7 @@ class Pipeline:
         factor = self.bundle.manifest.latent.factor
         whole = latents.shape[1] * factor, latents.shape[2] * factor
         size = self._tile_of(*whole)
-        decoder = self._engine("vae_decoder", 1, *size)
+        decoder = self._engine(self.bundle.network("first_stage_decoder"), 1, *size)
 
         def run(part: np.ndarray) -> np.ndarray:
             return decoder(latents=part[None])["image"][0]
@@ -308,7 +306,7 @@ class Pipeline:
         if self._tile_of(*size) != size:
             return Image.fromarray(to_uint8((self._decode(latents).transpose(1, 2, 0) * 0.5 + 0.5).clip(0.0, 1.0)))
         if size not in self._decoders:
-            self._decoders[size] = Decoder(self._engine("vae_decoder", 1, *size))
+            self._decoders[size] = Decoder(self._engine(self.bundle.network("first_stage_decoder"), 1, *size))
         return Image.fromarray(self._decoders[size](latents[None])[0])
 
     def _slots_for(self, size: tuple[int, int], tokens: int, jobs: list[Job]) -> Slots:
@@ -367,11 +365,11 @@ class Pipeline:
         if not isinstance(request, Request):
             raise ValueError(f"request: got {type(request).__name__}, expected a Request or a list of them")
         manifest = self.bundle.manifest
-        if self._depth_estimator and "depth" in manifest.meanings and request.depth is None:
+        if self._depth_estimator and manifest.condition("depth") and request.depth is None:
             depth = self._depth_estimator(pictures.read(request.image, "image"))
             request = dataclasses.replace(request, depth=np.asarray(depth, np.float32))
         for control in request.control:
-            if control.name not in (attached := self.bundle.controls):
+            if control.name not in (attached := self.bundle.labels):
                 raise ValueError(f"control: got {control.name!r}, expected one that is attached "
                                  f"({', '.join(attached) or 'none is'}); attach it with: python -m export CONTROLNET "
                                  f"--into {self.bundle.path} --as {control.name}")

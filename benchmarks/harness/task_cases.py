@@ -72,7 +72,7 @@ class Model:
         """The bundle exported from it, with its ControlNets."""
         path = self.path / "bundle"
         bundle = Bundle.open(path) if path.is_dir() else export(self.checkpoint, path, progress=False)
-        for n in range(len(bundle.controls), self.nets):
+        for n in range(len(bundle.labels), self.nets):
             bundle = attach(_tiny().control(self.path / f"net{n}", self.checkpoint, seed=n), path, progress=False)
         return bundle
 

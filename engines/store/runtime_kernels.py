@@ -16,7 +16,7 @@ from pathlib import Path
 import kernels
 from engines.bundle import Bundle
 from engines.spec import EngineError
-from engines.store import sources, store
+from engines.store import places, sources
 from kernels.aot.artefact import Artefact, KernelError, arch_for
 from kernels.calls import OPS
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def runtime_kernels(bundle: Bundle, arch: str) -> Path:
-    """The directory of the artefacts for GPUs of `arch` ("sm_90"), built first where they are not there.
+    """Return the directory of the artefacts for GPUs of `arch` ("sm_90"), built first where they are not there.
 
     Raises EngineError where they cannot be built here, naming the command that does it where triton is.
     """
@@ -38,11 +38,11 @@ def runtime_kernels(bundle: Bundle, arch: str) -> Path:
         raise EngineError(str(e)) from e
     files = sources.hashes("kernels.calls", *(f"kernels.triton.{op}" for op in OPS))
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    name = f"{store.KERNELS}{digest[:12]}"
-    for root in store.roots(bundle):
+    name = f"{places.KERNELS}{digest[:12]}"
+    for root in places.roots(bundle):
         if _complete(root / name, arch):
             return root / name
-    directory = store.writable_root(bundle) / name
+    directory = places.writable_root(bundle) / name
     _build(directory, arch)
     return directory
 

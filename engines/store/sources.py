@@ -1,4 +1,4 @@
-"""The source files that shape what is built: those of a folder or module, and every file of ours that they import."""
+"""The sources that shape what is built: every file of a folder or module, and every file of ours that they import."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from engines.bundle.manifest import hash_file
+from engines.bundle.files import hash_file
 
 ROOT = Path(__file__).parent.parent.parent
 """The folder that holds the packages."""
@@ -16,7 +16,7 @@ PACKAGES = ("engines", "kernels")
 
 @functools.cache
 def hashes(*names: str) -> Mapping[str, str]:
-    """File, relative to ROOT → sha256, for all that `names` consist of or import, lazily too.
+    """Return file, relative to ROOT → sha256, for all that `names` consist of or import, lazily too.
 
     names: folders ("engines.openvino") and modules ("kernels.calls"). The files are read once a process.
     """

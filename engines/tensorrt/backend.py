@@ -30,7 +30,6 @@ import numpy as np
 import kernels
 from engines.backend import Backend, Engine, Target
 from engines.bundle import hash_files
-from engines.bundle.publish import user_cache
 from engines.check.verify import TOLERANCE
 from engines.machine.buffers import check_names, device_address
 from engines.machine.gpu import Gpu, Memory, gpus, select
@@ -38,6 +37,7 @@ from engines.machine.vendor import importing
 from engines.onnx.initializers import convert
 from engines.onnx.low_rank import Weight
 from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.store.places import user_cache
 from engines.tensorrt.build import ABOUT, KINDS, PLAN, Request, dims, logger, write_whole
 from engines.tensorrt.choice import build
 

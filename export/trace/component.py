@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -80,13 +80,16 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
         value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
     del graph, model
     cut = hoist(file, invariant, *specs, shapes) if invariant else {}
-    parts = [f"{name}_{part}" for part in cut]
-    made = {name: Part(*specs, sites), **dict(zip(parts, cut.values(), strict=True))}
+    graphs = {("", ""): Part(*specs, sites), **{(part, ""): graph for part, graph in cut.items()}}
+    parts = [family.component_name(name, part) for part in cut]
     for other in others:
-        for plain in (name, *parts[-1:]):
-            base, target = (plain.replace(name, _variant(name, key), 1) for key in (other.base, other.key))
-            sites = other.write(directory / f"{base}.onnx", directory / f"{target}.onnx")
-            made[target] = Part((*made[plain].inputs, *other.inputs), (*made[plain].outputs, *other.outputs), sites)
+        for part in ("", *list(cut)[-1:]):
+            base, target = (directory / f"{family.component_name(name, part, key)}.onnx"
+                            for key in (other.base, other.key))
+            plain, sites = graphs[part, ""], other.write(base, target)
+            graphs[part, other.key] = Part((*plain.inputs, *other.inputs), (*plain.outputs, *other.outputs), sites)
+    made = {family.component_name(name, *place): {**family.place(name, *place), **graph._asdict()}
+            for place, graph in graphs.items()}
 
     on_stage(f"{name}: check")
     feed = {spec.name: value.numpy() for spec, value in zip(specs[0], inputs, strict=True)} | added
@@ -94,24 +97,21 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
 
     def checked(names: Sequence[str], expected: dict[str, np.ndarray], reference: str) -> dict[str, Component]:
         unchecked = Check("not checked", SEED, 0.0, 0.0)
-        found = {n: Component(f"{n}.onnx", hash_files(directory, [f"{n}.onnx"]) | weights, dtype, *made[n], unchecked)
-                 for n in names}
+        found = {n: Component(file=f"{n}.onnx", files=hash_files(directory, [f"{n}.onnx"]) | weights, dtype=dtype,
+                              check=unchecked, **made[n]) for n in names}
         check = _check(list(found.values()), directory, dims, feed, expected, reference)
         logger.info("%s: %s, relative RMS %.1e", ", ".join(names), dtype, check.rel_rms)
         return {n: dataclasses.replace(component, check=check) for n, component in found.items()}
 
     components: dict[str, Component] = {}
     for key, outputs in expected.items():
-        whole = _variant(name, key)
+        whole = family.component_name(name, variant=key)
         components |= checked([whole], outputs, REFERENCE)
         if parts:
-            found = checked([*parts[:-1], f"{whole}_body"], outputs, f"{REFERENCE}, the parts together")
+            body = family.component_name(name, "body", key)
+            found = checked([*parts[:-1], body], outputs, f"{REFERENCE}, the parts together")
             components |= {n: component for n, component in found.items() if n not in components}
     return components
-
-
-def _variant(name: str, key: str) -> str:
-    return f"{name}_{key}" if key else name
 
 
 def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines import EngineError
-from engines.bundle import RESIDUAL, STORE
 from kernels.host.step_table import fitting_memory, pack, pack_times, time_columns, width
 from runtime.devices.bound import BoundEngine
 from runtime.devices.device import Device, signature
@@ -32,6 +31,9 @@ AHEAD = 4
 
 ROWS = 32
 """Tables are kept for a multiple of this many rows, so that another number of steps seldom needs other buffers."""
+
+RESIDUAL, STORE = "residual", "store"
+"""Groups of tensors: what ControlNets give to the UNet, and whether a row attends to itself, as a first frame does."""
 
 UNET = ""
 """The UNet's name where ControlNets have theirs."""
@@ -149,7 +151,7 @@ class Slots:
         step = self._steps[engines] = self._steps.get(engines) or self._bind(unet, nets)
         if nets:
             self._bare.discard(unet)
-        elif STORE in unet.buffers and unet not in self._bare:
+        elif unet.group(STORE) and unet not in self._bare:
             residuals = unet.block(RESIDUAL)
             self.device.upload(residuals, np.zeros(residuals.shape, np.float32))
             self._bare.add(unet)
@@ -209,8 +211,8 @@ class Slots:
         held = self._held.setdefault(engine, [None] * self.count)
         if held[i] is not job:
             self._put_fixed(engine, i, fixed)
-            if STORE in engine.buffers:
-                self._put_fixed(engine, i, {STORE: np.full(2, job.after is None, np.float32)})
+            for name in engine.group(STORE):
+                self._put_fixed(engine, i, {name: np.full(2, job.after is None, np.float32)})
             held[i] = job
 
     def _put(self, name: str, i: int, values: np.ndarray) -> None:

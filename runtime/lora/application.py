@@ -133,7 +133,7 @@ class Loras:
         before = self._applied.get(engine, _Applied((), frozenset()))
         if before.state == self._state:
             return engine
-        model = "unet" if component.startswith("unet_") else component
+        model = self._bundle.component(component).network
         wanted = frozenset(name for _, file in self._state for name in file.pairs.get(model, ()))
         names: frozenset[str] = frozenset()
         if before.changed or wanted:

@@ -57,10 +57,6 @@ NOISE_LEVEL = 20
 """Of an upscaler's low-resolution picture, unless the request says another (diffusers' default)."""
 
 
-MASKED = ("mask", "masked_image")
-"""Extra channels of the models made for inpainting."""
-
-
 class Encoded(NamedTuple):
     """Latents of a picture as the VAE gives them: mean and standard deviation, float32 [C, h, w]."""
 
@@ -106,14 +102,14 @@ def task_of(request: Request, manifest: Manifest) -> str:
     for name in sorted(brought - set(NEEDS[task])):
         able = " or ".join(t for t, names in NEEDS.items() if name in names)
         raise ValueError(f"{name}: got one, but {task} takes none; leave it out, or use a model that does {able}")
-    encodes, sizes = task not in ("text-to-image", "upscale"), manifest.time_ids
+    encodes, sizes = task not in ("text-to-image", "upscale"), _fields(manifest, "sizes")
     for name, where in (
             ("strength", task not in WHOLE), ("noise_level", task == "upscale"), ("encoding", encodes),
             ("denoising_start", task not in WHOLE), ("denoising_end", task != "invert"),
             ("timesteps", task != "invert"), ("scheduler", task != "invert" or request.scheduler in DDIM),
             ("limit", task == "video"), ("latents", task != "video"),
-            ("original_size", sizes), ("crop", sizes), ("target_size", sizes == 6),
-            ("aesthetic_score", sizes == 5), ("negative_aesthetic_score", sizes == 5)):
+            *((name, name in sizes) for name in ("original_size", "crop", "target_size", "aesthetic_score")),
+            ("negative_aesthetic_score", "aesthetic_score" in sizes)):
         if (value := getattr(request, name)) is not None and not where:
             got = f"an array {value.shape}" if isinstance(value, np.ndarray) else repr(value)
             raise ValueError(f"{name}: got {got}, which {task} with this {manifest.family} model does not have; "
@@ -126,7 +122,7 @@ def task_of(request: Request, manifest: Manifest) -> str:
         raise ValueError(f"every: got {request.every}, which {task} does not have; leave it out")
     if request.paste and _latents(request, manifest) is not None:
         raise ValueError("paste: got latents to begin with, expected a picture, whose pixels stay; leave it out")
-    if request.blend != "current" and manifest.meanings:
+    if request.blend != "current" and manifest.joined:
         raise ValueError(f"blend: got {request.blend!r} for a model that takes the mask itself, expected none; "
                          "leave it out")
     return task
@@ -137,7 +133,7 @@ def resolve(request: Request, manifest: Manifest, size: tuple[int, int]) -> Requ
 
     Raises ValueError for what this model cannot do.
     """
-    task, channels = task_of(request, manifest), bool(manifest.meanings)
+    task, channels = task_of(request, manifest), bool(manifest.joined)
     default = size if task == "text-to-image" else picture_size(request, manifest)
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
     height, width = request.height or default[0], request.width or default[1]
@@ -148,7 +144,7 @@ def resolve(request: Request, manifest: Manifest, size: tuple[int, int]) -> Requ
             raise ValueError(f"noise_level: got {level}, expected at most {manifest.max_noise_level}")
     elif task not in WHOLE and request.strength is None:  # the defaults of diffusers' pipelines
         whole = task == "inpaint" and (channels or request.blend == "next")
-        filled["strength"] = 1.0 if whole else 0.3 if manifest.time_ids else 0.8
+        filled["strength"] = 1.0 if whole else manifest.defaults.get("strength", 0.8)
     return dataclasses.replace(request, **filled)
 
 
@@ -265,12 +261,12 @@ class _Begin:
         self.factor = latent.factor
         self.size = request.height // latent.factor, request.width // latent.factor
         self.shape = latent.channels, *self.size
-        self.blends = self.task == "inpaint" and not self.manifest.meanings
+        takes_mask = self.manifest.condition("masked_image") is not None
+        self.blends = self.task == "inpaint" and not self.manifest.joined
         if self.blends and request.blend != "current":
             self.table = self.table.following()
         self.start: Encoded | np.ndarray | None = None
-        if self.task != "upscale" and request.image is not None and (self.manifest.meanings != MASKED
-                                                                   or request.strength != 1):
+        if self.task != "upscale" and request.image is not None and (not takes_mask or request.strength != 1):
             self.start = _latents(request, self.manifest)
             if self.start is None:
                 self.start = model.encode(self._picture())
@@ -279,7 +275,7 @@ class _Begin:
         if self.task == "depth-to-image":
             self.depth = pictures.depth_map(request.depth, self.size)
         self.masked: Encoded | None = None
-        if self.manifest.meanings == MASKED:
+        if takes_mask:
             self.mask = pictures.hard_mask(pictures.read(request.mask, "mask"), self.pixels)
             self.masked = model.encode(self._picture() * (1 - self.mask))
 
@@ -365,13 +361,23 @@ def _latents(request: Request, manifest: Manifest) -> np.ndarray | None:
 def _numbers(request: Request, model: Model) -> Inputs:
     """What else the UNet takes that is the same all through a request: labels and sizes, [2, …] each."""
     found: Inputs = {}
-    if request.noise_level is not None:
-        found["class_labels"] = np.full(2, request.noise_level, np.int64)
-    if model.manifest.time_ids:
+    level, sizes = model.manifest.condition("noise_level"), model.manifest.condition("sizes")
+    if level and request.noise_level is not None:
+        found[level.input] = np.full(2, request.noise_level, np.int64)
+    if sizes:
         size = request.height, request.width
-        start = [*(request.original_size or size), *(request.crop or (0, 0))]
         scores = [own if given is None else given for own, given in
                   zip(AESTHETIC, (request.aesthetic_score, request.negative_aesthetic_score), strict=True)]
-        ends = ([scores[1]], [scores[0]]) if model.manifest.time_ids == 5 else (request.target_size or size,) * 2
-        found["time_ids"] = np.array([[*start, *end] for end in ends], np.float32)
+        rows = []
+        for score in reversed(scores):  # the negative prompt first
+            numbers = {"original_size": request.original_size or size, "crop": request.crop or (0, 0),
+                       "target_size": request.target_size or size, "aesthetic_score": (score,)}
+            rows.append([number for field in sizes.fields for number in numbers[field]])
+        found[sizes.input] = np.array(rows, np.float32)
     return found
+
+
+def _fields(manifest: Manifest, meaning: str) -> tuple[str, ...]:
+    """Return the options that a condition is made of; empty where the model is not told such."""
+    condition = manifest.condition(meaning)
+    return condition.fields if condition else ()

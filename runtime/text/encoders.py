@@ -68,7 +68,7 @@ class TextEncoders:
         inputs = [{one.name: one for one in bundle.component(spec.component).inputs} for spec in self._specs]
         self._widths = {spec.component: int(own["embeddings"].shape[-1]) if "embeddings" in own else 0
                         for spec, own in zip(self._specs, inputs, strict=True)}
-        self._zero_negative = bundle.manifest.zero_negative
+        self._zero_negative = bundle.manifest.guidance.negative == "zeros"
 
     def load(self) -> None:
         """Load every engine."""

@@ -143,9 +143,10 @@ class FramedWave(ControlledWave):
     def __init__(self, rows: int, number: int | None = None) -> None:
         super().__init__(rows, number)
         shape = (rows, 2, LATENT[2])
-        self.inputs = {**self.inputs, "store": TensorSpec("store", "float32", (rows,)),
-                       **{name: TensorSpec(name, "float32", shape) for name in ("first_0", "previous_0")}}
-        self.outputs = {**self.outputs, "hidden_0": TensorSpec("hidden_0", "float32", shape)}
+        self.inputs = {**self.inputs, "store": TensorSpec("store", "float32", (rows,), "store"),
+                       **{f"{group}_0": TensorSpec(f"{group}_0", "float32", shape, group)
+                          for group in ("first", "previous")}}
+        self.outputs = {**self.outputs, "hidden_0": TensorSpec("hidden_0", "float32", shape, "hidden")}
 
     def bind(self, buffers: Mapping[str, Any]) -> None:
         super().bind(buffers)
@@ -179,8 +180,8 @@ class Ripple(Wave):
 
 
 def residuals(rows: int) -> dict[str, TensorSpec]:
-    return {"residual_0": TensorSpec("residual_0", "float32", (rows, *LATENT)),
-            "residual_1": TensorSpec("residual_1", "float32", (rows, 5))}
+    return {"residual_0": TensorSpec("residual_0", "float32", (rows, *LATENT), "residual"),
+            "residual_1": TensorSpec("residual_1", "float32", (rows, 5), "residual")}
 
 
 def job(index: int, seed: int = 0, steps: int = 5, **options: Any) -> Job:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.turns import Workload
-from engines import Bundle, EngineConfig
-from engines.store import store
+from engines import Bundle, EngineConfig, store
+from engines.bundle import resolve_dims
 
 
 def rows(workload: Workload) -> int:
@@ -22,11 +22,11 @@ def inputs(workload: Workload) -> dict[str, np.ndarray]:
     The timestep is 601, and time_ids say that nothing was cropped.
     """
     bundle, rng = Bundle.open(workload.bundle), np.random.default_rng(0)
-    factor, height, width = bundle.manifest.latent.factor, workload.height, workload.width
-    dims = {"batch": rows(workload), "latent_height": height // factor, "latent_width": width // factor,
-            "height": height, "width": width, "sequence": bundle.manifest.text[0].max_length}
+    component, height, width = bundle.component(workload.component), workload.height, workload.width
+    given = {"batch": rows(workload), "height": height, "width": width, "sequence": bundle.tokens}
+    dims = resolve_dims(component.dims, given, bundle.manifest.dims)
     arrays = {spec.name: rng.standard_normal(spec.resolve(dims).empty().shape).astype(np.float32)
-              for spec in bundle.component(workload.component).inputs}
+              for spec in component.inputs}
     fixed = {"timestep": [601], "time_ids": [height, width, 0, 0, height, width]}
     for name in fixed.keys() & arrays.keys():
         arrays[name][:] = np.array(fixed[name], np.float32)
@@ -39,7 +39,9 @@ def engines_of(workload: Workload, bundle: Bundle, backend: str, dtype: str, *, 
 
     A UNet in parts has text and time before it, which run once, as the runtime runs them. whole: not in parts.
     """
-    parts = workload.component == "unet" and not whole and store.in_parts(bundle, backend)
-    names = ("unet_text", "unet_time", "unet_body") if parts else (workload.component,)
+    network = bundle.component(workload.component).network
+    in_parts = not whole and store.in_parts(bundle, backend, network)
+    parts = ("text", "time", "body") if in_parts else ("",)
+    names = [bundle.graph(network, part)[0] for part in parts]
     return {name: bundle.config(name, backend=backend, dtype=dtype, batch=rows(workload),
                                 size=(workload.height, workload.width), **rest) for name in names}

@@ -11,8 +11,7 @@ import numpy as np
 from benchmarks.harness.networks.inputs import engines_of, inputs
 from benchmarks.harness.networks.torch_module import configure_compiler, freeze, torch_module
 from benchmarks.harness.turns import Contender, Workload
-from engines import Bundle
-from engines.store import store
+from engines import Bundle, store
 
 Call = Callable[[], np.ndarray]
 

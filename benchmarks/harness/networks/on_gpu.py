@@ -21,8 +21,7 @@ from benchmarks.harness.networks.inputs import engines_of, inputs
 from benchmarks.harness.networks.on_cpu import REFERENCE
 from benchmarks.harness.networks.torch_module import configure_compiler, torch_module
 from benchmarks.harness.turns import Contender, Run, Timed, Workload
-from engines import Bundle, EngineConfig
-from engines.store import store
+from engines import Bundle, EngineConfig, store
 
 TURN = 0.5
 """Seconds of calls that count in a turn."""

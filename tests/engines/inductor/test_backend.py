@@ -19,6 +19,7 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import engines
+from engines import store
 from engines.bundle import Bundle
 from engines.check import verify
 from engines.inductor import nodes as onnx_nodes
@@ -26,7 +27,6 @@ from engines.inductor.backend import CONSTANTS, PACKAGE, RECORD
 from engines.inductor.options import KERNELS, NATIVE
 from engines.machine.buffers import resolve
 from engines.spec import EngineConfig, EngineError
-from engines.store import store
 from kernels.cpu import library
 from tests.engines.store.test_store import bound, rel_rms, unet, weights
 from tests.tolerances import ENGINE_REL_RMS, IMAGE_MAX

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import engines
+from engines import store
 from engines.bundle import Bundle
 from engines.openvino.passes import halve_gates, narrow, own_attention, own_group_norm
 from engines.spec import EngineError
-from engines.store import store
 from kernels.cpu import library
 from tests.tolerances import ENGINE_REL_RMS
 

@@ -26,12 +26,12 @@ from onnx import helper
 
 import engines
 from engines import __main__ as cli
+from engines import store
 from engines.bundle import Bundle
 from engines.check import verify
 from engines.machine.buffers import device_address
 from engines.machine.gpu import Memory
 from engines.spec import EngineConfig, EngineError
-from engines.store import store
 from engines.store.choose import choose
 from engines.tensorrt import choice as tensorrt_choice
 from engines.tensorrt.backend import ENTERPRISE, RTX, Options

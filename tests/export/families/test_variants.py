@@ -29,10 +29,9 @@ import torch
 from torch import nn
 
 import engines
-from engines import Bundle, EngineConfig
+from engines import Bundle, EngineConfig, store
 from engines.check import verify
 from engines.spec import TensorSpec
-from engines.store import store
 from export.trace.module import trace_module
 from runtime.schedulers import make_table
 from tests.runtime.schedulers.test_schedulers import SHAPE, model, run_table
@@ -48,7 +47,7 @@ BETAS = (0.00085, 0.012)
     ("inpainting_2", 9, 0.18215, 8, BETAS)])
 def test_channels_and_scales(bundles, name, channels, scale, factor, betas):
     manifest = Bundle.open(bundles[name]).manifest
-    assert 4 + sum(extra.channels for extra in manifest.extra_channels) == channels
+    assert 4 + sum(extra.channels for extra in manifest.joined) == channels
     assert (manifest.latent.scale, manifest.latent.factor) == (scale, factor)
     config = manifest.scheduler
     assert (config["beta_schedule"], config["beta_start"], config["beta_end"]) == ("scaled_linear", *betas)

@@ -17,12 +17,11 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import engines
-from engines import Bundle, EngineError
+from engines import Bundle, EngineError, store
 from engines.check import refit as verify_refit
 from engines.check import verify
 from engines.onnx.initializers import values
 from engines.onnx.low_rank import LowRank
-from engines.store import store
 from runtime import Lora, Pipeline, Request
 from runtime.lora.application import Loras
 from runtime.lora.files import Weights, read_lora, weights_of

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
-from engines import Bundle
-from engines.store import store
+from engines import Bundle, store
 from export import ExportError
 from export.embedding import convert
 from export.embedding import main as convert_main
