@@ -37,9 +37,9 @@ EXAMPLES = """examples:
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m engines") -> int:
     """Run one command; returns the exit status: 0, 1 where `verify` found something, 2 for an error, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    options = parser(prog).parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         with interruptible():
@@ -203,13 +203,14 @@ def _option(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m engines", description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(prog: str = "python -m engines") -> argparse.ArgumentParser:
+    """Return the parser of the command line. prog: what it calls itself."""
+    outer = argparse.ArgumentParser(prog=prog, description=__doc__, epilog=EXAMPLES,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="print JSON instead of a table")
     shared.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
-    commands = parser.add_subparsers(required=True, metavar="{list,build,inspect,verify}")
+    commands = outer.add_subparsers(required=True, metavar="{list,build,inspect,verify}")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=[shared], help=text, description=text)
@@ -257,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", help="bundle directory")
     sub.add_argument("--backend", choices=list(engines.BACKENDS), help="only engines of this backend")
     sub.add_argument("--engine", metavar="NAME", help="only engines whose names begin so")
-    return parser
+    return outer
 
 
 if __name__ == "__main__":
