@@ -17,8 +17,11 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """package: its `__main__` has `main(arguments, prog)`, which returns the exit status. parser: "module:function",
-    which returns the parser of its command line. help: one line."""
+    """One of the command lines.
+
+    package: its `__main__` has `main(arguments, prog)`, which returns the exit status. parser: "module:function", which
+    returns the parser. help: one line.
+    """
 
     package: str
     parser: str
@@ -26,9 +29,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "export": Command("export", "export.__main__:_parser",
+    "export": Command("export", "export.options:make_parser",
                       "turn a checkpoint into a bundle; add a ControlNet or a VAE"),
-    "engines": Command("engines", "engines.__main__:_parser",
+    "engines": Command("engines", "engines.__main__:parser",
                        "list, build, inspect and verify the engines of a bundle"),
     "draw": Command("runtime", "runtime.cli.options:parser", "draw pictures from prompts, pictures and videos"),
     "bench": Command("benchmarks", "benchmarks.__main__:parser", "measure tasks, quality and speed, beside others"),
@@ -89,7 +92,7 @@ def _run(name: str, words: list[str]) -> int:
         print(f"error: bench: got no {what}, expected a checkout of latentrt with all that it measures; in it run: "
               "pip install -e '.[benchmarks]'", file=sys.stderr)
         return 2
-    status: int = module.main(words)
+    status: int = module.main(words, prog=f"latentrt {name}")
     return status
 
 

@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import engines
 from engines.bundle import Bundle, Component, Manifest, write_manifest
 from engines.bundle.publish import lock
@@ -43,25 +41,15 @@ def attach(source: str | Path, bundle: str | Path, name: str | None = None, *, e
     Raises ExportError or engines.EngineError; the bundle is then what it was.
     """
     with _writing(Path(bundle)) as (old, directory):
-        from export.sources.addition import open_addition
-        from export.trace.component import STAGES, export_component, precision
+        from export.families.addition import open_addition
+        from export.trace.component import export_components
 
         found = open_addition(Path(source), old, name, encoder, config)
-        made: dict[str, Component] = {}
-        with tqdm(total=len(STAGES) * len(found.graphs), disable=None if progress else True, leave=False,
-                  unit="stage") as stages:
-            def on_stage(name: str) -> None:
-                stages.set_description(name)
-                stages.update()
-
-            for component in found.graphs:
-                dtype = precision(component, found, old.dtype)
-                made |= export_component(component, found, dtype, directory, on_stage)
+        made = export_components(found, old.dtype, directory, progress)
         added = _place(made, directory, old.path / f"{found.key}-{_digest(made)}")
-        about = {component: provenance(found) for component in found.graphs}
+        about = {component: provenance(found) for component in found.modules}
         components = {n: c for n, c in old.manifest.components.items() if c.network != found.key}
-        components |= added
-        _commit(old, components, {**old.manifest.provenance.get("added", {}), **about})
+        _commit(old, components | added, {**old.manifest.provenance.get("added", {}), **about})
     return Bundle.open(bundle)
 
 

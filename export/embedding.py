@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from export.errors import ExportError
-from export.sources.weights import read_pickle
+from export.sources.weights import ParameterDict, read_pickle
 
 ENCODERS = ({"clip_l", "clip_g"}, {"text_encoders_0", "text_encoders_1"})
 """Names of the tensors for the two text encoders of Stable Diffusion XL."""
@@ -23,9 +23,9 @@ def convert(source: Path, target: Path, name: str | None = None, force: bool = F
     """Write the textual inversion of a .pt or .bin file as safetensors and return its tensors, [n, width] each.
 
     source: what diffusers saves, a dictionary of one word and its vectors; what the Stable Diffusion web UI saves, with
-    `string_to_param` and `name`; or one for Stable Diffusion XL, whose tensors keep their names (`runtime.text.embeddings`).
-    name: the word, instead of the file's own. Raises ExportError where `source` is none of these, or loading it would
-    run code, and where `target` exists and `force` is false.
+    `string_to_param` and `name`; or one for Stable Diffusion XL, whose tensors keep their names, as
+    `runtime.text.embeddings` reads them. name: the word, instead of the file's own. Raises ExportError where `source`
+    is none of these, or loading it would run code, and where `target` exists and `force` is false.
     """
     if target.suffix != ".safetensors":
         raise ExportError(f"{target}: got a name that ends in {target.suffix!r}, expected .safetensors")
@@ -44,7 +44,7 @@ def _tensors(source: Path, data: dict[str, Any], name: str | None) -> dict[str, 
     found = data
     if "string_to_param" in data:
         parameters = data["string_to_param"]
-        parameters = getattr(parameters, "_parameters", parameters)
+        parameters = parameters.tensors if isinstance(parameters, ParameterDict) else parameters
         word = name or data.get("name") or source.stem
         found = {word if len(parameters) == 1 else str(key): value for key, value in parameters.items()}
     elif len(data) == 1 and name:
@@ -61,7 +61,7 @@ def _tensors(source: Path, data: dict[str, Any], name: str | None) -> dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 for what the user can put right."""
+    """Run the command line; returns the exit status: 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m export.embedding",
                                      description="Convert a pickled textual inversion to safetensors.")
     parser.add_argument("source", type=Path, help="a .pt or .bin file")

@@ -1,9 +1,6 @@
-"""Failures of an export, and the architectures that it knows by name."""
+"""Failures of an export."""
 
 from __future__ import annotations
-
-FAMILIES = ("sd1", "sd2-base", "sd2-v", "x4")
-"""Architectures whose configuration ships in `export/sources/configs`, for single-file checkpoints."""
 
 
 class ExportError(RuntimeError):

@@ -69,10 +69,9 @@ def _float_bytes(family: str) -> int:
 
 
 def _config(family: str) -> dict[str, Any]:
-    from export.sources.checkpoint import read_json
-    from export.sources.single_file import CONFIGS
+    from export.sources.architectures import shipped
 
-    return read_json(CONFIGS / f"{family}.json")
+    return shipped(family)
 
 
 def _save(family: str, seed: int, path: Path) -> None:

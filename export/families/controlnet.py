@@ -1,57 +1,30 @@
-"""ControlNet (Zhang et al., 2023, arXiv 2302.05543): the net as a graph, and the UNet that takes its residuals.
-
-A ControlNet gives a residual for every skip connection of the UNet and one for its middle. A bundle holds the UNet with
-and without them, two graphs on one weights file: what a request without a ControlNet runs is as if there were none.
-"""
+"""ControlNet (Zhang et al., 2023, arXiv 2302.05543) as a graph, and what one must be to steer a bundle's UNet."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
-import onnx_ir as ir
 import torch
-from onnx_ir.passes import common
 from torch import nn
 
+from engines.bundle import Bundle
 from engines.spec import TensorSpec
 from export.errors import ExportError
-from export.families.stable_diffusion import TIMESTEPS, Graph, UNet
-from export.sources.checkpoint import Checkpoint
-from export.trace.trace import count_sites
-
-RESIDUAL = "residual"
-"""Group of the tensors that ControlNets give and the UNet adds."""
+from export.families.levels import RESIDUAL, residual_specs
+from export.families.unet import CUTS, TIMESTEPS
+from export.trace.traced_module import Cut, TracedModule
 
 TIME_IDS = 6
 """Numbers that a net of Stable Diffusion XL takes beside the pooled text, as the base model does."""
 
+PARTS = ("text", "time", "hint", "body")
+"""Parts that a net is cut into; the names of their graphs end in these."""
 
-def residual_specs(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-    """residual_0 … of a UNet or ControlNet of this configuration: the skip connections in the order in which they are
-    made, then the middle; float32 [batch, C, h, w], halved in size at each level.
-    """
-    channels, layers = config["block_out_channels"], config.get("layers_per_block", 2)
-    layers = [layers] * len(channels) if isinstance(layers, int) else layers
-    shapes = [(channels[0], 0)]
-    for level, (width, count) in enumerate(zip(channels, layers, strict=True)):
-        shapes += [(width, level)] * count
-        if level + 1 < len(channels):
-            shapes.append((width, level + 1))
-    shapes.append((channels[-1], len(channels) - 1))
-    return tuple(TensorSpec(f"{RESIDUAL}_{n}", "float32", ("batch", width, *level_size(level)), RESIDUAL)
-                 for n, (width, level) in enumerate(shapes))
+_UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
 
 
-def level_size(level: int) -> tuple[str, str]:
-    """Names of the dimensions of a level of a UNet, 0 for that of the latents."""
-    end = f"_{2 ** level}" if level else ""
-    return f"latent_height{end}", f"latent_width{end}"
-
-
-class ControlNet(Graph):
+class ControlNet(TracedModule):
     """Latents, timestep, text and a hint (a picture, RGB in [0, 1]) → the residuals of `residual_specs`.
 
     scale: float32 [batch], what every residual of a row is multiplied by; 0 is as if there were no net. A net of Stable
@@ -59,12 +32,14 @@ class ControlNet(Graph):
     """
 
     source = "control"
-    invariant: ClassVar = {**UNet.invariant, "hint": ("hint",)}
+    role = "controlnet"
+    rows = "branch"
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        super().__init__(model, checkpoint)
-        config = model.config
-        latent = ("latent_height", "latent_width")
+    def __init__(self, model: nn.Module, label: str) -> None:
+        """label: its name in requests."""
+        super().__init__(model)
+        self.label = label
+        config, latent = model.config, ("latent_height", "latent_width")
         self.inputs = (TensorSpec("sample", "float32", ("batch", config["in_channels"], *latent)),
                        TensorSpec("timestep", "float32", ("batch",), span=TIMESTEPS),
                        TensorSpec("encoder_hidden_states", "float32",
@@ -76,7 +51,7 @@ class ControlNet(Graph):
             self.inputs += (TensorSpec("text_embeds", "float32", ("batch", pooled)),
                             TensorSpec("time_ids", "float32", ("batch", TIME_IDS), span=TIMESTEPS))
         self.outputs = residual_specs(config)
-        self.shapes = {"hint": ("batch", config["block_out_channels"][0], *latent)}
+        self.cuts = (*CUTS, Cut("hint", ("hint",), rows=1, shape=("batch", config["block_out_channels"][0], *latent)))
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,
                 hint: torch.Tensor, scale: torch.Tensor, text_embeds: torch.Tensor | None = None,
@@ -87,48 +62,33 @@ class ControlNet(Graph):
         return tuple(residual.float() * scale[:, None, None, None] for residual in (*skips, middle))
 
 
-@contextlib.contextmanager
-def adding(model: nn.Module, given: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Let diffusers' UNet add residuals wherever it is called in the block: what `add_residuals` is compared with.
-
-    given: by name, among others. Yields what the model gives beside its output: nothing.
-    """
-    *skips, middle = (value for name, value in given.items() if name.startswith(f"{RESIDUAL}_"))
-    more = {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
-    handle = model.register_forward_pre_hook(lambda _, args, named: (args, named | more), with_kwargs=True)
-    try:
-        yield {}
-    finally:
-        handle.remove()
-
-
-def add_residuals(residuals: Sequence[TensorSpec], file: Path, target: Path) -> dict[str, int]:
-    """Write the UNet in `file`, whole or its body, with inputs `residuals` to `target`; returns its kernel sites.
-
-        cat([x, skip_n])  ─▶  cat([x, skip_n + residual_n])      and the x of the first of them + the last residual
-
-    Each resnet on the way up joins its input and a skip connection along the channels, the skips in reverse order, and
-    the first of these inputs is what comes from the middle. The weights stay in `file`'s. Raises ExportError where the
-    graph does not join as many as there are residuals.
-    """
-    model = ir.load(file)
-    common.ShapeInferencePass()(model)  # for the dtypes
-    joins = [node for node in model.graph if node.op_type == "Concat" and len(node.inputs) == 2
-             and node.attributes["axis"].as_int() == 1][1 - len(residuals):]
-    if len(joins) != len(residuals) - 1:
-        raise ExportError(f"{file.name}: the graph joins {len(joins)} skip connections, expected {len(residuals) - 1}; "
-                          "this version of PyTorch or diffusers computes the UNet in another way")
-    places = [*((join, 1) for join in reversed(joins)), (joins[0], 0)]
-    for spec, (join, side) in zip(residuals, places, strict=True):
-        x = join.inputs[side]
-        residual = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(spec.shape))
-        model.graph.inputs.append(residual)
-        nodes = [ir.node("Cast", [residual], {"to": x.dtype})] if x.dtype != ir.DataType.FLOAT else []
-        nodes.append(ir.node("Add", [x, nodes[0].outputs[0] if nodes else residual]))
-        for n, node in enumerate(nodes):
-            node.name = node.outputs[0].name = f"{spec.name}_{'added' if n + 1 == len(nodes) else 'narrow'}"
-            node.outputs[0].dtype = x.dtype
-        model.graph.insert_before(join, nodes)
-        join.replace_input_with(side, nodes[-1].outputs[0])
-    ir.save(model, target)
-    return count_sites(model.graph)
+def require_same_residuals(where: str, config: Mapping[str, Any], bundle: Bundle) -> None:
+    """Raise ExportError unless a ControlNet's residuals are those that the bundle's UNet takes."""
+    latent, graphs = bundle.manifest.latent, bundle.graphs(bundle.denoiser).values()
+    takers = [graph for graph in graphs if (graph.part, graph.variant) == ("", "control")]
+    if not takers:
+        raise ExportError(f"{bundle.path}: its UNet takes no residuals; export the checkpoint again with this version, "
+                          "if it is no upscaler")
+    given = {spec.name: spec for spec in takers[0].inputs}
+    xl = "text_time" if "text_embeds" in given else None
+    rows = [
+        ("global_pool_conditions", bool(config["global_pool_conditions"]), False),
+        *((key, config[key], None) for key in _UNSUPPORTED),
+        ("addition_embed_type", config["addition_embed_type"], xl),
+        ("conditioning_channels", config["conditioning_channels"], 3),
+        ("in_channels", config["in_channels"], latent.channels),
+        ("cross_attention_dim", config["cross_attention_dim"], given["encoder_hidden_states"].shape[2]),
+        ("pixels a latent", 2 ** (len(config["conditioning_embedding_out_channels"]) - 1), latent.factor),
+    ]
+    if xl:
+        sizes = given["time_ids"].shape[1] * config["addition_time_embed_dim"] + given["text_embeds"].shape[1]
+        rows.append(("projection_class_embeddings_input_dim", config["projection_class_embeddings_input_dim"], sizes))
+    for key, got, expected in rows:
+        if got != expected:
+            raise ExportError(f"{where}: got a ControlNet with {key}={got!r}, expected {expected!r}; it is of a kind "
+                              "that is not supported, or for another model than the bundle's")
+    takes = tuple(spec for spec in given.values() if spec.group == RESIDUAL)
+    if residual_specs(config) != takes:
+        raise ExportError(f"{where}: got a ControlNet of {len(residual_specs(config))} residuals of "
+                          f"{config['block_out_channels']} channels, which are not the {len(takes)} that the bundle's "
+                          "UNet takes; it is for another model")

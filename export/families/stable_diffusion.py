@@ -1,241 +1,245 @@
-"""The graphs of a bundle as PyTorch modules: float32 in and out, whatever the model's dtype.
-
-Each graph says its inputs and outputs, in the dimension names of `engines.EngineConfig.dims`.
-"""
+"""Stable Diffusion 1.x, 2.x and XL: the base models, and those for inpainting, depth, upscaling and refining."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
-import torch
-from torch import nn
-from transformers.models.clip.modeling_clip import CLIPEncoder
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from engines.spec import TensorSpec
+from engines.bundle import Component, DimSpec, Guidance, LatentSpec, Manifest, TextSpec
+from export.errors import ExportError
+from export.families import autoencoder
+from export.families.autoencoder import VAEDecoder, VAEEncoder
+from export.families.family import latent_sizes
+from export.families.manifest import conditions, dims, tasks
+from export.families.text_encoders import FirstXLTextEncoder, SecondXLTextEncoder, TextEncoder
+from export.families.unet import UNet
 from export.sources.checkpoint import Checkpoint
+from export.trace.traced_module import TracedModule
 
-TIMESTEPS = (0, 1000)
-"""Span of the timesteps, and of the sizes in pixels, that a graph is checked with."""
+PIPELINES = {
+    **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
+                     "StableDiffusionDepth2ImgPipeline", "StableDiffusionUpscalePipeline"), False),
+    **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline",
+                     "StableDiffusionXLInpaintPipeline"), True)}
+"""Pipelines that draw with these models → whether they are of Stable Diffusion XL."""
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+EXTRA_CHANNELS: Mapping[int, Mapping[str, int]] = {
+    0: {}, 1: {"depth": 1}, 3: {"low_resolution": 3}, 5: {"mask": 1, "masked_image": 4}}
+"""UNet input channels beside the latent ones → what they mean, in their order, and how many each has."""
+TIME_IDS = {6: "sdxl", 5: "sdxl-refiner"}
+"""Numbers that condition an XL UNet → its family: original height and width, top and left of the crop, and target
+height and width, or the aesthetic score (Podell et al., SDXL, 2023, section 2.2 and appendix)."""
+TEXTS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+"""Text encoder → its class in transformers."""
+TOKENIZERS = {"text_encoder": "tokenizer/tokenizer.json", "text_encoder_2": "tokenizer_2/tokenizer.json"}
+"""Text encoder → the file of its tokenizer in a bundle."""
 
-
-class Graph(nn.Module):
-    """One component: `model` is what it wraps, and the rest describes what goes in and out."""
-
-    source = ""
-    """Which of the checkpoint's modules it wraps."""
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    invariant: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Part of the graph that `export.passes.hoist` cuts out → inputs that it may depend on."""
-    shapes: Mapping[str, tuple[int | str, ...]] = MappingProxyType({})
-    """Part → the shape of what it hands over, where ONNX cannot infer it."""
-
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        super().__init__()
-        self.model = model
-        self.checkpoint = checkpoint
-
-    @property
-    def used(self) -> nn.Module:
-        """The part of the model that this graph computes."""
-        return self.model
-
-    def run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Outputs for `inputs`, in the order of the specs."""
-        outputs = self(**dict(zip([spec.name for spec in self.inputs], inputs, strict=True)))
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
-    def call(self, inputs: Sequence[torch.Tensor], shapes: Sequence[Mapping[int, str]]) -> dict[str, Any]:
-        """How PyTorch's exporter is given inputs and their symbolic dimensions."""
-        names = [spec.name for spec in self.inputs]
-        return {"kwargs": dict(zip(names, inputs, strict=True)),
-                "dynamic_shapes": dict(zip(names, shapes, strict=True))}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-    def example(self, dims: Mapping[str, int], seed: int) -> tuple[torch.Tensor, ...]:
-        """Random inputs: standard normal, token ids and labels in their range, timesteps and sizes in [0, 1000)."""
-        generator = torch.Generator().manual_seed(seed)
-        values = []
-        for spec in self.inputs:
-            shape = [d if isinstance(d, int) else dims[d] for d in spec.shape]
-            if spec.name == "input_ids":
-                size = min(text.config["vocab_size"] for text in self.checkpoint.texts)
-                values.append(torch.randint(size, shape, generator=generator))
-            elif spec.name == "class_labels":
-                values.append(torch.randint(self.checkpoint.unet["num_class_embeds"], shape, generator=generator))
-            elif spec.span is not None:
-                low, high = spec.span
-                values.append(torch.rand(shape, generator=generator) * (high - low) + low)
-            else:
-                values.append(torch.randn(shape, generator=generator))
-        return tuple(values)
+_UNSUPPORTED_UNET = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+_TEXT_DEFAULTS = {"max_position_embeddings": 77, "vocab_size": 49408, "projection_dim": 512}
 
 
-class TextEncoder(Graph):
-    """Token ids → the hidden states that the UNet attends to (the last layer, after the final norm).
+class Text(NamedTuple):
+    """A text encoder: its name in the folder, its configuration, and its tokenizer."""
 
-    Where `placed` is above 0 the vector of the token is that of `embeddings` (textual inversion, arXiv 2208.01618).
+    name: str
+    config: Mapping[str, Any]
+    tokenizer: CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """A Stable Diffusion model before any weight is read: an `export.families.family.Family`.
+
+    unet, vae: their configurations, as diffusers writes them. texts: its text encoders, in the order in which their
+    states are joined. scheduler: its scheduler_config. low_res_scheduler, max_noise_level: of an upscaler, the schedule
+    of the noise in its low-resolution input and the highest level of it. zero_negative: whether no negative prompt
+    means text of zeros (Stable Diffusion XL).
     """
 
-    source = "text_encoder"
+    pipelines: ClassVar = tuple(PIPELINES)
+    title: ClassVar = "Stable Diffusion 1.x, 2.x and XL"
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        super().__init__(model, checkpoint)
-        self.config = {text.name: text.config for text in checkpoint.texts}[self.source]
-        length, width = checkpoint.max_length, self.config["hidden_size"]
-        self.inputs = (TensorSpec("input_ids", "int64", ("batch", length)),
-                       TensorSpec("embeddings", "float32", ("batch", length, width)),
-                       TensorSpec("placed", "float32", ("batch", length)))
-        self.outputs = (TensorSpec("hidden_states", "float32", ("batch", length, width)),)
+    checkpoint: Checkpoint
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    texts: tuple[Text, ...]
+    scheduler: Mapping[str, Any]
+    low_res_scheduler: Mapping[str, Any] | None = None
+    max_noise_level: int = 0
+    zero_negative: bool = False
 
-    def forward(self, input_ids: torch.Tensor, embeddings: torch.Tensor,
-                placed: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        with self._placing(embeddings, placed):
-            return self.model(input_ids).last_hidden_state.float()
+    @classmethod
+    def recognises(cls, checkpoint: Checkpoint) -> bool:
+        return checkpoint.pipeline in PIPELINES
 
-    @contextlib.contextmanager
-    def _placing(self, embeddings: torch.Tensor, placed: torch.Tensor) -> Iterator[None]:
-        def place(module: nn.Module, args: object, tokens: torch.Tensor) -> torch.Tensor:
-            return torch.where(placed[..., None] > 0, embeddings.to(tokens.dtype), tokens)
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> Self:
+        """Read its configurations. Raises ExportError for what is not supported."""
+        xl = PIPELINES[checkpoint.pipeline]
+        names = [name for name in TEXTS if checkpoint.has(name) and (xl or name == "text_encoder")]
+        if not names:
+            raise ExportError(f"{checkpoint.root / 'model_index.json'}: got no text encoder, expected one or two; copy "
+                              "the whole checkpoint")
+        unet = {"in_channels": 4, **checkpoint.config("unet")}
+        found, takes = unet.get("addition_embed_type"), "text_time" if xl else None
+        if found != takes:
+            raise ExportError(f"{checkpoint.root}: got a UNet with addition_embed_type={found!r}, expected {takes!r} "
+                              f"in a {checkpoint.pipeline}; its folders are of different models")
+        return cls(
+            checkpoint, unet, {"latent_channels": 4, **checkpoint.config("vae")},
+            tuple(Text(name, {**_TEXT_DEFAULTS, **checkpoint.config(name)}, checkpoint.tokenizer(name))
+                  for name in names),
+            checkpoint.config("scheduler"),
+            checkpoint.config("low_res_scheduler") if checkpoint.has("low_res_scheduler") else None,
+            checkpoint.options.get("max_noise_level", 0),
+            xl and bool(checkpoint.options.get("force_zeros_for_empty_prompt", True)))
 
-        hook = self.model.get_input_embeddings().register_forward_hook(place)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-
-class FirstXLTextEncoder(TextEncoder):
-    """Token ids → the last hidden states but one, without a norm; the last layer is left out."""
-
-    @property
-    def used(self) -> nn.Module:
-        encoder = next(module for module in self.model.modules() if isinstance(module, CLIPEncoder))
-        return nn.ModuleList(encoder.layers[:-1])
-
-    def forward(self, input_ids: torch.Tensor, embeddings: torch.Tensor, placed: torch.Tensor) -> torch.Tensor:
-        with self._placing(embeddings, placed):
-            return self.model(input_ids, output_hidden_states=True).hidden_states[-2].float()
-
-
-class SecondXLTextEncoder(TextEncoder):
-    """Token ids → the last hidden states but one, and the projected last state of the end token (the pooled text).
-
-    The end token is found by its id; that of a token whose vector is placed is 0.
-    """
-
-    source = "text_encoder_2"
-
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        super().__init__(model, checkpoint)
-        self.outputs += (TensorSpec("text_embeds", "float32", ("batch", self.config["projection_dim"])),)
-
-    def forward(self, input_ids: torch.Tensor, embeddings: torch.Tensor,
-                placed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with self._placing(embeddings, placed):
-            encoded = self.model(input_ids, output_hidden_states=True)
-        return encoded.hidden_states[-2].float(), encoded.text_embeds.float()
-
-
-class UNet(Graph):
-    """Noisy latents, a timestep for each row, and text → the model's prediction, as `prediction_type` says.
-
-    What other models are given comes as inputs of its own, too:
-    * extra channels (`Checkpoint.extra_channels`), joined to the latents in here;
-    * class_labels, the level of the noise in low_resolution (the x4 upscaler);
-    * text_embeds, the pooled text, and time_ids, the numbers of `Checkpoint.time_ids` (Stable Diffusion XL), whose
-      embedding is added to that of the timestep.
-    """
-
-    source = "unet"
-    invariant: ClassVar = {"text": ("encoder_hidden_states", "class_labels", "text_embeds", "time_ids"),
-                           "time": ("timestep",)}
-
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        super().__init__(model, checkpoint)
-        latent, channels = ("latent_height", "latent_width"), checkpoint.vae["latent_channels"]
-        width = checkpoint.unet["cross_attention_dim"]
-        self.inputs = (
-            TensorSpec("sample", "float32", ("batch", channels, *latent)),
-            TensorSpec("timestep", "float32", ("batch",), span=TIMESTEPS),
-            TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", width)),
-            *(TensorSpec(extra.meaning, "float32", ("batch", extra.channels, *latent))
-              for extra in checkpoint.extra_channels))
-        if checkpoint.unet.get("num_class_embeds"):
-            self.inputs += (TensorSpec("class_labels", "int64", ("batch",)),)
-        if checkpoint.time_ids:
-            self.inputs += (TensorSpec("text_embeds", "float32", ("batch", checkpoint.pooled_width)),
-                            TensorSpec("time_ids", "float32", ("batch", checkpoint.time_ids), span=TIMESTEPS))
-        self.outputs = (TensorSpec("noise_pred", "float32", ("batch", channels, *latent)),)
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,
-                mask: torch.Tensor | None = None, masked_image: torch.Tensor | None = None,
-                depth: torch.Tensor | None = None, low_resolution: torch.Tensor | None = None,
-                class_labels: torch.Tensor | None = None, text_embeds: torch.Tensor | None = None,
-                time_ids: torch.Tensor | None = None) -> torch.Tensor:
-        extra = [channels for channels in (mask, masked_image, depth, low_resolution) if channels is not None]
-        added = None
-        if text_embeds is not None:  # float32: in bfloat16 sizes of 1023 would be 1024, and ONNX joins one type only
-            added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        joined = torch.cat([sample, *extra], dim=1) if extra else sample
-        return self.model(joined.to(self.dtype), timestep, encoder_hidden_states.to(self.dtype),
-                          class_labels=class_labels, added_cond_kwargs=added, return_dict=False)[0].float()
-
-
-class VAEDecoder(Graph):
-    """Latents as the UNet knows them → picture, nominally in [-1, 1] and not clamped."""
-
-    source = "vae"
-
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        super().__init__(model, checkpoint)
-        channels = checkpoint.vae["latent_channels"]
-        self.inputs = (TensorSpec("latents", "float32", ("batch", channels, "latent_height", "latent_width")),)
-        self.outputs = (TensorSpec("image", "float32", ("batch", 3, "height", "width")),)
+    def __post_init__(self) -> None:
+        for key in _UNSUPPORTED_UNET:
+            if self.unet.get(key) is not None:
+                raise ExportError(f"{self.name}: got a UNet with {key}={self.unet[key]!r}, expected none; "
+                                  f"only {self.title} are supported today")
+        if self.unet.get("addition_embed_type") and self.time_ids not in TIME_IDS:
+            raise ExportError(f"{self.name}: got a UNet that takes {self.time_ids} numbers for sizes, expected 6 as "
+                              "the base model does, or 5 as the refiner does")
+        if (extra := self.unet["in_channels"] - self.vae["latent_channels"]) not in EXTRA_CHANNELS:
+            raise ExportError(f"{self.name}: got a UNet with {extra} input channels beside the "
+                              f"{self.vae['latent_channels']} of the latents, expected 0, 5 (inpainting), 1 (depth) or "
+                              "3 (upscaling)")
+        upscales = "low_resolution" in self.extra_channels
+        if upscales != bool(self.unet.get("num_class_embeds")) or upscales != (self.low_res_scheduler is not None):
+            raise ExportError(
+                f"{self.name}: got a UNet with {extra} extra input channels, num_class_embeds="
+                f"{self.unet.get('num_class_embeds')!r} and {'a' if self.low_res_scheduler else 'no'} "
+                "low_res_scheduler, expected those of an upscaler or none; its folders are of different models")
+        if self.prediction not in PREDICTIONS:
+            raise ExportError(f"{self.name}: got prediction_type {self.prediction!r}, expected "
+                              f"{', '.join(PREDICTIONS)}")
+        for text in self.texts:
+            if len(text.tokenizer) > text.config["vocab_size"]:
+                raise ExportError(f"{self.name}: got a tokenizer of {len(text.tokenizer)} tokens for a text encoder of "
+                                  f"{text.config['vocab_size']}; pass the model's own with --tokenizer DIR")
 
     @property
-    def used(self) -> nn.Module:
-        return self.model.decoder
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        latents = latents / self.checkpoint.scale + self.checkpoint.shift
-        return self.model.decode(latents.to(self.dtype), return_dict=False)[0].float()
-
-
-class VAEEncoder(Graph):
-    """Picture in [-1, 1] → mean and std of its latents as the UNet knows them: latents = mean + std · noise."""
-
-    source = "vae"
-
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        super().__init__(model, checkpoint)
-        shape = ("batch", checkpoint.vae["latent_channels"], "latent_height", "latent_width")
-        self.inputs = (TensorSpec("image", "float32", ("batch", 3, "height", "width")),)
-        self.outputs = (TensorSpec("mean", "float32", shape), TensorSpec("std", "float32", shape))
+    def name(self) -> str:
+        return self.checkpoint.name
 
     @property
-    def used(self) -> nn.Module:
-        return self.model.encoder
+    def root(self) -> Path:
+        return self.checkpoint.root
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        latent = self.model.encode(image.to(self.dtype), return_dict=False)[0]
-        mean, std = latent.mean.float(), latent.std.float()
-        return (mean - self.checkpoint.shift) * self.checkpoint.scale, std * self.checkpoint.scale
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        return self.checkpoint.weights([*(text.name for text in self.texts), "unet", "vae"])
 
+    @property
+    def family(self) -> str:
+        """One of TIME_IDS; "sd1" and "sd2" by their text width; "stable-diffusion" for any other of that layout."""
+        if self.time_ids:
+            return TIME_IDS[self.time_ids]
+        return {768: "sd1", 1024: "sd2"}.get(self.unet["cross_attention_dim"], "stable-diffusion")
 
-TEXT_GRAPHS: Mapping[tuple[str, bool], type[Graph]] = {
-    ("text_encoder", False): TextEncoder, ("text_encoder", True): FirstXLTextEncoder,
-    ("text_encoder_2", True): SecondXLTextEncoder}
-"""By name, and whether it is one of Stable Diffusion XL."""
+    @property
+    def prediction(self) -> str:
+        """One of PREDICTIONS: what the UNet predicts."""
+        return str(self.scheduler.get("prediction_type", "epsilon"))
 
+    @property
+    def extra_channels(self) -> Mapping[str, int]:
+        """The UNet's input channels after those of the latents: meaning → how many."""
+        return EXTRA_CHANNELS[self.unet["in_channels"] - self.vae["latent_channels"]]
 
-def graphs(checkpoint: Checkpoint) -> dict[str, type[Graph]]:
-    """The components of a checkpoint's bundle → how each is traced."""
-    texts = {text.name: TEXT_GRAPHS[text.name, checkpoint.time_ids > 0] for text in checkpoint.texts}
-    return {**texts, "unet": UNet, "vae_decoder": VAEDecoder, "vae_encoder": VAEEncoder}
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text that an XL UNet takes: that of its last text encoder."""
+        return int(self.texts[-1].config["projection_dim"])
+
+    @property
+    def time_ids(self) -> int:
+        """Numbers that an XL UNet takes beside the pooled text: what its embedding has room for; 0 for others."""
+        if not self.unet.get("addition_embed_type"):
+            return 0
+        room = int(self.unet["projection_class_embeddings_input_dim"]) - self.pooled_width
+        return room // int(self.unet["addition_time_embed_dim"])
+
+    @property
+    def latent(self) -> LatentSpec:
+        """The latents, whose sizes are multiples of one halving for each UNet level but the last."""
+        return LatentSpec(
+            channels=self.vae["latent_channels"], scale=float(self.vae.get("scaling_factor", 0.18215)),
+            shift=float(self.vae.get("shift_factor") or 0.0), factor=autoencoder.pixels_a_latent(self.vae),
+            multiple=2 ** (len(self.unet["block_out_channels"]) - 1))
+
+    @property
+    def dims(self) -> dict[str, DimSpec]:
+        """The dimensions of the graphs that follow from others."""
+        return dims(self.latent.factor, self.latent.multiple)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a prompt is padded or cut to."""
+        return min(n for text in self.texts
+                   for n in (text.tokenizer.model_max_length, text.config["max_position_embeddings"]))
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures that the model was trained on."""
+        size = self.unet.get("sample_size") or 64
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.latent.factor, width * self.latent.factor
+
+    @property
+    def modules(self) -> dict[str, Callable[[], TracedModule]]:
+        """Network → what loads the module that it is traced from."""
+        load, latent = self.checkpoint.load, self.latent
+        kinds = {"text_encoder": FirstXLTextEncoder if self.time_ids else TextEncoder,
+                 "text_encoder_2": SecondXLTextEncoder}
+
+        def text_encoder(name: str) -> TracedModule:
+            return kinds[name](load(name, TEXTS[name]), self.max_length)
+
+        return {
+            **{text.name: partial(text_encoder, text.name) for text in self.texts},
+            "unet": lambda: UNet(load("unet", UNet2DConditionModel), latent.channels, self.extra_channels,
+                                 self.pooled_width if self.time_ids else 0, self.time_ids),
+            "vae_decoder": lambda: VAEDecoder(load("vae", AutoencoderKL), latent),
+            "vae_encoder": lambda: VAEEncoder(load("vae", AutoencoderKL), latent),
+        }
+
+    @property
+    def tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """File in the bundle → the tokenizer that is saved there."""
+        return {TOKENIZERS[text.name]: text.tokenizer for text in self.texts}
+
+    def sizes(self, check: bool) -> dict[str, int]:
+        return latent_sizes(self.latent, self.dims, self.max_length, check)
+
+    def precision(self, network: str, dtype: str) -> str:
+        if network not in ("vae_decoder", "vae_encoder"):
+            return dtype
+        return autoencoder.precision(self.vae, dtype, wide=bool(self.time_ids or self.low_res_scheduler))
+
+    def manifest(self, components: Mapping[str, Component], files: Mapping[str, str],
+                 provenance: Mapping[str, Any]) -> Manifest:
+        """Return the manifest of a bundle of these components. files: those of no component → sha256."""
+        texts = tuple(
+            TextSpec(text.name, TOKENIZERS[text.name], self.max_length, text.tokenizer.pad_token_id,
+                     "penultimate" if self.time_ids else "last",
+                     pooled="text_embeds" if text.name == "text_encoder_2" else "")
+            for text in self.texts)
+        told = bool(self.unet.get("num_class_embeds"))
+        frames = any(component.variant == "frames" for component in components.values())
+        return Manifest(
+            family=self.family, tasks=tasks(self.extra_channels, self.time_ids, frames), components=components,
+            conditions=conditions(self.extra_channels, told, self.time_ids),
+            guidance=Guidance(negative="zeros" if self.zero_negative else "prompt"), latent=self.latent, text=texts,
+            dims=self.dims, scheduler=self.scheduler, prediction_type=self.prediction,
+            low_res_scheduler=self.low_res_scheduler, max_noise_level=self.max_noise_level,
+            default_size=self.default_size, defaults={"strength": 0.3} if self.time_ids else {}, files=files,
+            provenance=provenance)

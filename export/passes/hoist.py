@@ -3,12 +3,12 @@
 A node belongs to the text if it depends on nothing but the text, to the time if on nothing but the timestep, and else
 to the step. Three graphs come of it, which share the weights file of the whole one:
 
-    unet_text   encoder_hidden_states ─▶ keys and values of every cross-attention       once for a request
-    unet_time   timestep ─▶ the embedding, and every block's projection of it           once for a schedule; in
+    text   encoder_hidden_states ─▶ keys and values of every cross-attention       once for a request
+    time   timestep ─▶ the embedding, and every block's projection of it           once for a schedule; in
                 Stable Diffusion XL also of the pooled text and of sizes, which add to the embedding
-    unet_body   sample and all of these ─▶ noise_pred                                   every step
+    body   sample and all of these ─▶ noise_pred                                   every step
 
-A ControlNet is cut in the same way, and has a fourth: control_NAME_hint, its picture ─▶ features, once for a request.
+A ControlNet is cut in the same way, and has a fourth: hint, its picture ─▶ features, once for a request.
 
 Dependency alone decides, so whatever else a model computes from one of the two moves too. What depends on both stays,
 and so does layout (Reshape, Transpose …) behind the last computation, which backends fuse with what reads it.
@@ -16,8 +16,9 @@ and so does layout (Reshape, Transpose …) behind the last computation, which b
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -25,7 +26,8 @@ from onnx_ir.passes import common
 
 from engines.spec import TensorSpec
 from export.errors import ExportError
-from export.trace.trace import count_sites
+
+logger = logging.getLogger(__name__)
 
 LAYOUT = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose",
           "Unsqueeze")
@@ -33,24 +35,24 @@ LAYOUT = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Shape", "Slice", 
 
 
 class Part(NamedTuple):
-    """What goes into one of the graphs and comes out, and its kernel sites (op type → count)."""
+    """One of the graphs, and what goes in and comes out."""
 
+    model: ir.Model
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    sites: dict[str, int]
 
 
-def hoist(whole: Path, invariant: Mapping[str, Collection[str]], inputs: Sequence[TensorSpec],
+def hoist(model: ir.Model, invariant: Mapping[str, Collection[str]], inputs: Sequence[TensorSpec],
           outputs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int | str, ...]] | None = None) -> dict[str, Part]:
-    """Cut the graph in `whole` (say unet.onnx) and write its parts beside it; returns what each is.
+    """Cut a model, which is of no use after that, and return its parts; none where a part would compute nothing.
 
     invariant: name of a part, "text" or "time" → those of `inputs` that it may depend on. The rest is "body", which
     comes last. What is handed to it is float32 and has the name of the layer that computes it. shapes: part → the shape
-    of what it hands over, where ONNX cannot infer it, as from pixels to latents. Nothing is written where a part would
-    compute nothing. Raises ExportError where the shape of what is handed over is not known.
+    of what it hands over, where ONNX cannot infer it, as from pixels to latents. Raises ExportError where the shape of
+    what is handed over is not known, or the parts together do not compute what the whole does, each node once.
     """
-    model = ir.load(whole)
     common.ShapeInferencePass()(model)  # for the dtypes
+    computed = _computations(model.graph)
     cut = {part: _frontier(model.graph, names) for part, names in invariant.items()}
     if not all(cut.values()):
         return {}
@@ -64,21 +66,39 @@ def hoist(whole: Path, invariant: Mapping[str, Collection[str]], inputs: Sequenc
         graph = ir.convenience.extract(model.graph, model.graph.inputs, values)
         _read_sizes_of(graph, [given[name] for name in invariant[part] if name in given])
         _end_in_float32(graph)
-        read = _save(graph, model, whole, part, given)
-        parts[part] = Part(read, tuple(_spec(value, given) for value in graph.outputs), count_sites(graph))
+        made, read = _finish(graph, model, given)
+        parts[part] = Part(made, read, tuple(_spec(value, given) for value in graph.outputs))
         given |= {spec.name: spec for spec in parts[part].outputs}
     values = [value for part in cut.values() for value in part]
     elsewhere = {name for names in invariant.values() for name in names}
     graph = ir.convenience.extract(model.graph, [*model.graph.inputs, *values], model.graph.outputs)
     _read_sizes_of(graph, [given[str(value.name)] for value in graph.inputs if str(value.name) not in elsewhere])
     _start_from_float32(graph, {value.name for value in values})
-    parts["body"] = Part(_save(graph, model, whole, "body", given), tuple(outputs), count_sites(graph))
+    parts["body"] = Part(*_finish(graph, model, given), tuple(outputs))
+    _check(str(model.graph.name), computed, parts)
     return parts
 
 
-def _save(graph: ir.Graph, whole: ir.Model, file: Path, part: str,
-          given: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Write one part, whose weights stay in the whole model's file; returns the specs of the inputs that it reads."""
+def _check(name: str, whole: Counter[str], parts: Mapping[str, Part]) -> None:
+    """Raise ExportError unless every node of the whole that computes something is in one part."""
+    found = {part: _computations(made.model.graph) for part, made in parts.items()}
+    if (total := sum(found.values(), Counter[str]())) != whole:
+        differ = sorted(op for op in total.keys() | whole.keys() if total[op] != whole[op])
+        raise ExportError(f"{name}: its parts have {sum(total.values())} nodes that compute something, expected the "
+                          f"{sum(whole.values())} of the whole; {', '.join(differ)} differ")
+    logger.info("%s: cut into %s", name, ", ".join(f"{part} ({sum(ops.values())})" for part, ops in found.items()))
+
+
+def _computations(graph: ir.Graph) -> Counter[str]:
+    """Count the nodes that compute something from an input's values, by their operators."""
+    read = _read(graph)
+    return Counter(node.op_type for node in graph
+                   if node.op_type not in LAYOUT and any(read[value] for value in node.outputs))
+
+
+def _finish(graph: ir.Graph, whole: ir.Model,
+            given: Mapping[str, TensorSpec]) -> tuple[ir.Model, tuple[TensorSpec, ...]]:
+    """Make a model of one part, whose weights stay in the whole model's file; returns it and its inputs."""
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)
     for value in graph.inputs:
@@ -88,8 +108,7 @@ def _save(graph: ir.Graph, whole: ir.Model, file: Path, part: str,
     model = ir.Model(graph, ir_version=whole.ir_version, producer_name=whole.producer_name,
                      producer_version=whole.producer_version)
     common.ShapeInferencePass()(model)
-    ir.save(model, file.with_name(f"{file.stem}_{part}{file.suffix}"))
-    return tuple(given[str(value.name)] for value in graph.inputs)
+    return model, tuple(given[str(value.name)] for value in graph.inputs)
 
 
 def _name_after_layers(values: Sequence[ir.Value]) -> None:
@@ -155,12 +174,8 @@ def _dims(value: ir.Value) -> tuple[int | str, ...]:
 
 
 def _frontier(graph: ir.Graph, names: Collection[str]) -> list[ir.Value]:
-    """The last values that are computed from the inputs `names` alone."""
-    read: dict[ir.Value | None, frozenset[str]] = {value: frozenset([str(value.name)]) for value in graph.inputs}
-    for node in graph:
-        of = () if node.op_type == "Shape" else node.inputs  # every graph can read its sizes of an input of its own
-        found = frozenset[str]().union(*(read.get(value, frozenset()) for value in of))
-        read |= dict.fromkeys(node.outputs, found)
+    """Return the last values that are computed from the inputs `names` alone."""
+    read = _read(graph)
     moved: set[ir.Node] = set()
     for node in reversed(graph):
         alone = all(read[value] and read[value] <= set(names) for value in node.outputs)
@@ -168,3 +183,13 @@ def _frontier(graph: ir.Graph, names: Collection[str]) -> list[ir.Value]:
             moved.add(node)
     return [value for node in graph if node in moved for value in node.outputs
             if value.is_graph_output() or any(user not in moved for user in value.consumers())]
+
+
+def _read(graph: ir.Graph) -> dict[ir.Value | None, frozenset[str]]:
+    """Map each value to the inputs that it depends on. Sizes count for nothing: a graph reads them of any input."""
+    read: dict[ir.Value | None, frozenset[str]] = {value: frozenset([str(value.name)]) for value in graph.inputs}
+    for node in graph:
+        of = () if node.op_type == "Shape" else node.inputs
+        found = frozenset[str]().union(*(read.get(value, frozenset()) for value in of))
+        read |= dict.fromkeys(node.outputs, found)
+    return read

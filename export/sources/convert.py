@@ -21,9 +21,12 @@ from export.errors import ExportError
 
 logger = logging.getLogger(__name__)
 
-CONTROL = "control_model."
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
+"""Module of a whole checkpoint → what the names of its weights begin with."""
+CONTROL = "control_model."
+"""What the names of a ControlNet's weights begin with."""
 OPEN_CLIP = "cond_stage_model.model."
+"""What the names of a text encoder's weights begin with where it is one of OpenCLIP."""
 
 _UNUSED = re.compile(r"cond_stage_model\.(model\.(text_projection|logit_scale|attn_mask)|.*\.position_ids|logit_scale)$"
                      r"|first_stage_model\.(loss|model_ema)\b.*")
@@ -31,9 +34,10 @@ _LAYER = re.compile(r"cond_stage_model\.model\.transformer\.resblocks\.(\d+)\.")
 
 
 def convert(state: Mapping[str, torch.Tensor], component: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Float32 weights of "unet", "vae", "text_encoder" or "control" (a ControlNet) by their new names.
+    """Return float32 weights of "unet", "vae", "text_encoder" or "control" (a ControlNet) by their new names.
 
-    EMA weights of the UNet are preferred where `state` has both. Raises ExportError for names that have no counterpart.
+    config: of the module, as diffusers or transformers writes it. EMA weights of the UNet are preferred where `state`
+    has both. Raises ExportError for names that have no counterpart.
     """
     prefix = CONTROL if component == "control" else PREFIXES[component]
     names = [name for name in state if name.startswith(prefix) and not _unused(name, config)]
@@ -60,13 +64,13 @@ def convert(state: Mapping[str, torch.Tensor], component: str, config: Mapping[s
 
 
 def _unused(name: str, config: Mapping[str, Any]) -> bool:
-    """Buffers, heads and losses; and OpenCLIP layers after the one that the UNet is given (the last but one)."""
+    """Tell buffers, heads, losses, and OpenCLIP layers after the one that the UNet is given (the last but one)."""
     layer = _LAYER.match(name)
     return bool(_UNUSED.match(name)) or (layer is not None and int(layer[1]) >= config["num_hidden_layers"])
 
 
 def _ema(state: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, str]:
-    """Weight → its exponential moving average, whose name has lost its dots; empty where the file has none."""
+    """Map each weight to its exponential moving average, whose name has lost its dots; none where the file has none."""
     averages = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in names}
     missing = [name for name, average in averages.items() if average not in state]
     if len(missing) == len(names):

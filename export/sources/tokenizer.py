@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
-    """OpenAI CLIP's tokenizer of 49408 tokens, that of Stable Diffusion 1.x (pad EOS) and 2.x (pad "!").
+    """Make OpenAI CLIP's tokenizer of 49408 tokens, that of Stable Diffusion 1.x (pad EOS) and 2.x (pad "!").
 
     The vocabulary, in this order: the 256 bytes (printable ones first), the same ending a word, the merges, start, end.
     """

@@ -22,11 +22,18 @@ _PARAMETERS = "torch.nn.modules.container.ParameterDict"
 
 
 class _Ignored:
-    """Stands for PyTorch Lightning's ModelCheckpoint, which the original files name and nothing here uses."""
+    """Placeholder of PyTorch Lightning's ModelCheckpoint, which the original files name and nothing here uses."""
 
 
-class _Parameters:
-    """Stands for PyTorch's ParameterDict, which old textual inversions have: its tensors are in `_parameters`."""
+class ParameterDict:
+    """Placeholder of PyTorch's ParameterDict, which old textual inversions have; its attributes are the pickle's."""
+
+    _parameters: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        return self._parameters
 
 
 class StateDict(Mapping[str, torch.Tensor]):
@@ -70,9 +77,9 @@ class StateDict(Mapping[str, torch.Tensor]):
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary that PyTorch saved. Raises ExportError where it is none, is damaged, or would run code."""
+    """Read the dictionary that PyTorch saved. Raises ExportError where it is none, is damaged, or would run code."""
     try:
-        with safe_globals([*((_Ignored, name) for name in _LIGHTNING), (_Parameters, _PARAMETERS)]):
+        with safe_globals([*((_Ignored, name) for name in _LIGHTNING), (ParameterDict, _PARAMETERS)]):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # torch's safe unpickler raises whatever the bytes of a damaged file lead it to
         if isinstance(e, pickle.UnpicklingError) and (found := _REFUSED.search(str(e))):

@@ -1,4 +1,4 @@
-"""One of the checkpoint's modules: load it, trace it, save it, and compare the saved graph with PyTorch."""
+"""One of a model's networks as components of a bundle: loaded, traced, saved, and compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -7,135 +7,177 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from diffusers.utils import logging as diffusers_logging
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from engines.backend import Target
-from engines.bundle import Check, Component, hash_files, resolve_dims
+from engines.bundle import Check, Component, hash_files
 from engines.check import verify
 from engines.spec import EngineConfig, EngineError
 from export.errors import ExportError
-from export.families import manifest as family
-from export.families.stable_diffusion import Graph, graphs
-from export.families.variants import variants
-from export.passes.hoist import Part, hoist
-from export.sources.addition import Addition
-from export.sources.checkpoint import Checkpoint
+from export.families.family import Model
+from export.passes.hoist import hoist
+from export.trace.sites import check_sites, count_sites
 from export.trace.trace import trace
+from export.trace.traced_module import Extension, TracedModule
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("load", "trace", "save", "check")
-"""Of each component."""
+"""Stages of the export of one network."""
 
 REFERENCE = "PyTorch eager, float32"
 
 SEED = 1234
-"""Of the inputs that a graph is checked with."""
+"""Seed of the inputs that a graph is checked with."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+Arrays = Mapping[str, np.ndarray]
+Graphs = dict[tuple[str, str], Component]
+"""(part, variant) → the graph of a network, in the order in which they are written."""
 
-def precision(name: str, checkpoint: Checkpoint | Addition, dtype: str) -> str:
-    """What component `name` has in a bundle of `dtype`: bf16 instead of fp16 for a VAE that overflows that."""
-    return "bf16" if dtype == "fp16" and name.startswith("vae") and checkpoint.vae_overflows else dtype
+
+class Truth(NamedTuple):
+    """What graphs are compared with. feed: inputs by name. expected: variant ("" for the plain graph) → outputs."""
+
+    feed: dict[str, np.ndarray]
+    expected: dict[str, dict[str, np.ndarray]]
 
 
-def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, directory: Path,
-                     on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Component]:
-    """Write `directory`/`name`.onnx and `name`.onnx.data, and check them; `on_stage` hears of each of STAGES.
+def export_components(model: Model, dtype: str, directory: Path, progress: bool = True) -> dict[str, Component]:
+    """Write all of a model's networks into `directory`, and check them; returns the components by name.
 
-    Returns the component by its name, and the parts of `export.passes.hoist` by theirs; of a UNet also the
-    `export.families.variants`. Only one component's weights are in memory at a time, and PyTorch's are gone before onnxruntime
-    reads the file.
-    Raises ExportError where the graph is further from PyTorch than `engines.check.verify.TOLERANCE`.
+    dtype: of the bundle. progress: draw a bar if stderr is a terminal. Raises ExportError.
     """
-    on_stage(f"{name}: load")
-    graph = _load(name, checkpoint)
-    dims = _dims(checkpoint, check=True)
-    inputs = graph.example(dims, SEED)
-    others = variants(graph.model) if name == "unet" else ()
-    given = {spec.name: spec.resolve(dims) for other in others for spec in other.inputs}
-    added = verify.inputs(given.values(), SEED)
-    expected = {"": _run(graph, inputs)}
-    for other in others:
-        with other.eager(graph.model, {n: torch.from_numpy(value) for n, value in added.items()}) as more:
-            outputs = _run(graph, inputs)
-        expected[other.key] = outputs | {n: value.detach().numpy() for n, value in more.items()}
+    networks = tuple(model.modules)
+    with tqdm(total=len(STAGES) * len(networks), disable=None if progress else True, leave=False, unit="stage") as bar:
+        def on_stage(stage: str) -> None:
+            bar.set_description(stage)
+            bar.update()
 
-    on_stage(f"{name}: trace")
-    graph.to(_DTYPES[dtype])
-    model, sites = trace(graph, _dims(checkpoint, check=False))
-
-    on_stage(f"{name}: save")
-    file = directory / f"{name}.onnx"
-    ir.save(model, file, external_data=f"{name}.onnx.data")
-    specs, invariant, shapes = (graph.inputs, graph.outputs), graph.invariant, graph.shapes
-    for value in model.graph.initializers.values():
-        value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
-    del graph, model
-    cut = hoist(file, invariant, *specs, shapes) if invariant else {}
-    graphs = {("", ""): Part(*specs, sites), **{(part, ""): graph for part, graph in cut.items()}}
-    parts = [family.component_name(name, part) for part in cut]
-    for other in others:
-        for part in ("", *list(cut)[-1:]):
-            base, target = (directory / f"{family.component_name(name, part, key)}.onnx"
-                            for key in (other.base, other.key))
-            plain, sites = graphs[part, ""], other.write(base, target)
-            graphs[part, other.key] = Part((*plain.inputs, *other.inputs), (*plain.outputs, *other.outputs), sites)
-    made = {family.component_name(name, *place): {**family.place(name, *place), **graph._asdict()}
-            for place, graph in graphs.items()}
-
-    on_stage(f"{name}: check")
-    feed = {spec.name: value.numpy() for spec, value in zip(specs[0], inputs, strict=True)} | added
-    weights = hash_files(directory, [f"{file.name}.data"])
-
-    def checked(names: Sequence[str], expected: dict[str, np.ndarray], reference: str) -> dict[str, Component]:
-        unchecked = Check("not checked", SEED, 0.0, 0.0)
-        found = {n: Component(file=f"{n}.onnx", files=hash_files(directory, [f"{n}.onnx"]) | weights, dtype=dtype,
-                              check=unchecked, **made[n]) for n in names}
-        check = _check(list(found.values()), directory, dims, feed, expected, reference)
-        logger.info("%s: %s, relative RMS %.1e", ", ".join(names), dtype, check.rel_rms)
-        return {n: dataclasses.replace(component, check=check) for n, component in found.items()}
-
-    components: dict[str, Component] = {}
-    for key, outputs in expected.items():
-        whole = family.component_name(name, variant=key)
-        components |= checked([whole], outputs, REFERENCE)
-        if parts:
-            body = family.component_name(name, "body", key)
-            found = checked([*parts[:-1], body], outputs, f"{REFERENCE}, the parts together")
-            components |= {n: component for n, component in found.items() if n not in components}
+        components: dict[str, Component] = {}
+        for network in networks:
+            components |= export_component(network, model, model.precision(network, dtype), directory, on_stage)
     return components
 
 
-def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
-    with torch.no_grad():
-        return {spec.name: value.numpy() for spec, value in zip(graph.outputs, graph.run(inputs), strict=True)}
+def export_component(network: str, model: Model, dtype: str, directory: Path,
+                     on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Component]:
+    """Write `directory`/`network`.onnx and `network`.onnx.data, and check them; `on_stage` hears of each of STAGES.
 
-
-def _load(name: str, checkpoint: Checkpoint | Addition) -> Graph:
-    graph = (checkpoint.graphs if isinstance(checkpoint, Addition) else graphs(checkpoint))[name]
+    Returns the components by their names: the whole network, the parts that it is cut into, and the module's extensions
+    of both. Only one module's weights are in memory at a time, and PyTorch's are gone before onnxruntime reads the
+    file. Raises ExportError where a graph is further from PyTorch than `engines.check.verify.TOLERANCE`.
+    """
+    on_stage(f"{network}: load")
     with _no_progress_bars():
-        return graph(checkpoint.load(graph.source), cast(Checkpoint, checkpoint)).eval()
+        module = model.modules[network]().eval()
+    extensions, dims = module.extensions, model.sizes(check=True)
+    truth = _truth(module, extensions, dims)
+    on_stage(f"{network}: trace")
+    traced = trace(module.to(_DTYPES[dtype]), module.example(model.sizes(check=False), seed=0))
+    check_sites(traced.graph, module)
+    on_stage(f"{network}: save")
+    graphs = _write(traced, module, network, dtype, directory)
+    del module, traced
+    for extension in extensions:
+        graphs |= _extend(extension, graphs, directory)
+    on_stage(f"{network}: check")
+    return {component_name(graph): graph for graph in _checked(graphs, directory, dims, truth).values()}
 
 
-def _dims(checkpoint: Checkpoint | Addition, check: bool) -> dict[str, int]:
-    """Sizes to trace at and, different in every one, to check at: what was fixed by mistake shows."""
-    unit, factor, length = checkpoint.multiple, checkpoint.factor, checkpoint.max_length
-    batch, height, width, sequence = (3, unit, 2 * unit, length) if check else (2, 3 * unit, 4 * unit, 2 * length)
-    given = {"batch": batch, "height": height * factor, "width": width * factor, "sequence": sequence}
-    follow = family.dims(factor, unit)
-    return resolve_dims([*given, *follow], given, follow)
+def component_name(component: Component) -> str:
+    """Return the name of a component in its bundle, NETWORK[_VARIANT][_PART]. Only people read anything out of it."""
+    return "_".join(word for word in (component.network, component.variant, component.part) if word)
 
 
-def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, int], feed: dict[str, np.ndarray],
-           expected: dict[str, np.ndarray], reference: str) -> Check:
+def _truth(module: TracedModule, extensions: Sequence[Extension], dims: Mapping[str, int]) -> Truth:
+    """Draw inputs and run PyTorch on them, as it is and as each extension has it."""
+    inputs = module.example(dims, SEED)
+    given = {spec.name: spec.resolve(dims) for extension in extensions for spec in extension.inputs}
+    added = verify.inputs(given.values(), SEED)
+    expected = {"": _outputs(module, inputs)}
+    for extension in extensions:
+        with extension.eager(module.model, {n: torch.from_numpy(value) for n, value in added.items()}) as more:
+            found = _outputs(module, inputs)
+        expected[extension.variant] = found | {n: value.detach().numpy() for n, value in more.items()}
+    feed = {spec.name: value.numpy() for spec, value in zip(module.inputs, inputs, strict=True)}
+    return Truth(feed | added, expected)
+
+
+def _outputs(module: TracedModule, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
+    return {spec.name: value.numpy() for spec, value in zip(module.outputs, module.run(inputs), strict=True)}
+
+
+def _write(traced: ir.Model, module: TracedModule, network: str, dtype: str, directory: Path) -> Graphs:
+    """Save a traced module, and the parts that it is cut into; their check is still to come."""
+    whole = Component(file="", files={}, dtype=dtype, role=module.role, network=network, label=module.label,
+                      rows=module.rows, inputs=module.inputs, outputs=module.outputs, sites={},
+                      check=Check("not checked", SEED, 0.0, 0.0))
+    graphs = {("", ""): _save(traced, whole, directory, weights=f"{network}.onnx.data")}
+    for value in traced.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
+    if not module.cuts:
+        return graphs
+    rows = {cut.part: cut.rows for cut in module.cuts}
+    parts = hoist(ir.load(directory / f"{network}.onnx"), {cut.part: cut.reads for cut in module.cuts}, module.inputs,
+                  module.outputs, {cut.part: cut.shape for cut in module.cuts if cut.shape})
+    for name, part in parts.items():
+        about = dataclasses.replace(whole, part=name, rows=rows.get(name, whole.rows), inputs=part.inputs,
+                                    outputs=part.outputs)
+        graphs[name, ""] = _save(part.model, about, directory)
+    return graphs
+
+
+def _extend(extension: Extension, graphs: Graphs, directory: Path) -> Graphs:
+    """Save what an extension makes of the whole network and of its body."""
+    made = {}
+    for part in ("", "body"):
+        if (plain := graphs.get((part, ""))) is None:
+            continue
+        model = ir.load(directory / graphs[part, extension.base].file)
+        count = extension.rewrite(model)
+        made[part, extension.variant] = graph = _save(model, dataclasses.replace(
+            plain, variant=extension.variant, inputs=(*plain.inputs, *extension.inputs),
+            outputs=(*plain.outputs, *extension.outputs)), directory)
+        logger.info("%s: rewritten in %d places", graph.file, count)
+    return made
+
+
+def _save(model: ir.Model, about: Component, directory: Path, weights: str | None = None) -> Component:
+    """Save a graph; returns its component, with its files and sites. weights: the file that they go to.
+
+    Without `weights` they stay in the file of the whole network that the graph was made of.
+    """
+    file = f"{component_name(about)}.onnx"
+    ir.save(model, directory / file, external_data=weights)
+    return dataclasses.replace(about, file=file, sites=count_sites(model.graph),
+                               files=hash_files(directory, [file, f"{about.network}.onnx.data"]))
+
+
+def _checked(graphs: Graphs, directory: Path, dims: Mapping[str, int], truth: Truth) -> Graphs:
+    """Compare every graph with PyTorch, the parts of each variant together; returns the graphs with their checks."""
+    done: Graphs = {}
+    parts = [(part, variant) for part, variant in graphs if part and not variant]
+    for variant, expected in truth.expected.items():
+        for run, reference in (([("", variant)], REFERENCE),
+                               ([*parts[:-1], ("body", variant)], f"{REFERENCE}, the parts together")):
+            if run[0] in graphs and run[-1] in graphs:
+                check = _check([graphs[key] for key in run], directory, dims, truth.feed, expected, reference)
+                logger.info("%s: relative RMS %.1e", ", ".join(graphs[key].file for key in run), check.rel_rms)
+                done |= {key: dataclasses.replace(graphs[key], check=check) for key in run if key not in done}
+    return done
+
+
+def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, int], feed: Arrays,
+           expected: Arrays, reference: str) -> Check:
     """Run saved graphs, one after another, in onnxruntime on the CPU, widened to float32 if they are of 16 bits.
 
     What is then measured is the graph and the rounding of its weights: the CPU has no kernels for most 16-bit
@@ -155,7 +197,7 @@ def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, int],
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """The libraries draw their own bars under ours; both settings are global, so they are put back."""
+    """Switch off the bars that the libraries draw under ours; both settings are global, so they are put back."""
     enabled = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     for log in enabled:
         log.disable_progress_bar()

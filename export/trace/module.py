@@ -18,17 +18,21 @@ from engines.bundle import Check, Component, hash_files
 from engines.check import verify
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from export.errors import ExportError
-from export.families.stable_diffusion import Graph
 from export.trace.component import REFERENCE
-from export.trace.trace import count_sites, traced
+from export.trace.sites import count_sites
+from export.trace.trace import trace
+from export.trace.traced_module import TracedModule
 
 
-class _Module(Graph):
+class _Module(TracedModule):
     """`model` itself, called with its inputs in order."""
 
+    role = "module"
+    rows = "image"
+
     def __init__(self, model: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-        nn.Module.__init__(self)
-        self.model, self.source = model, type(model).__name__
+        super().__init__(model)
+        self.source = type(model).__name__
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
 
     def call(self, inputs: Sequence[torch.Tensor], shapes: Sequence[Mapping[int, str]]) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def trace_module(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Seque
     """
     graph = _Module(module, inputs, outputs).eval()
     expected = {spec.name: value.numpy() for spec, value in zip(graph.outputs, graph.run(example), strict=True)}
-    model = traced(graph, example)
+    model = trace(graph, example)
     feed = {spec.name: value.numpy() for spec, value in zip(graph.inputs, example, strict=True)}
     dims = {d: n for spec, value in zip(graph.inputs, example, strict=True)
             for d, n in zip(spec.shape, value.shape, strict=True) if isinstance(d, str)}

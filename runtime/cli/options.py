@@ -60,9 +60,9 @@ def requests_of(args: argparse.Namespace) -> list[Request]:
     return [Request(**{**changes, "prompt": prompt}) for prompt in args.prompt]
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "python -m runtime") -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
-        prog="python -m runtime", description="Draw pictures from prompts with an exported bundle.", epilog=EXAMPLES,
+        prog=prog, description="Draw pictures from prompts with an exported bundle.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = command.add_argument
     add("bundle", help="directory that `python -m export` wrote")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import limits
-from export.sources.single_file import CONFIGS
+from export.sources.architectures import CONFIGS
 
 
 def test_operations_of_known_functions() -> None:

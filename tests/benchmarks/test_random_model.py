@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks.harness import measure, random_model, turns
 from benchmarks.harness.networks import on_cpu
-from export.sources.checkpoint import open_checkpoint
-from export.sources.single_file import CONFIGS
+from export.families.stable_diffusion import StableDiffusion
+from export.sources.architectures import CONFIGS
+from export.sources.open import open_checkpoint
 
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
         "projection_dim": 32}
@@ -31,17 +32,17 @@ def shrink(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         config["text_encoder_2"] |= TEXT
     config["text_encoder"] |= TEXT
     (tmp_path / f"{family}.json").write_text(json.dumps(config))
-    monkeypatch.setattr("export.sources.single_file.CONFIGS", tmp_path)
+    monkeypatch.setattr("export.sources.architectures.CONFIGS", tmp_path)
 
 
 def test_a_random_xl_checkpoint_is_one_that_export_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink("sdxl", tmp_path, monkeypatch)
     random_model._save("sdxl", 0, tmp_path / "checkpoint")
-    checkpoint = open_checkpoint(tmp_path / "checkpoint")
-    assert checkpoint.family == "sdxl" and checkpoint.scheduler["_class_name"] == "EulerDiscreteScheduler"
-    assert [tokenizer.pad_token_id for _, _, tokenizer in checkpoint.texts] == [49407, 0]
-    assert checkpoint.load("unet").add_embedding.linear_1.weight.std() > 0
-    assert checkpoint.load("text_encoder_2").text_projection.weight.shape == (32, 32)
+    model = StableDiffusion.read(open_checkpoint(tmp_path / "checkpoint"))
+    assert model.family == "sdxl" and model.scheduler["_class_name"] == "EulerDiscreteScheduler"
+    assert [tokenizer.pad_token_id for _, _, tokenizer in model.texts] == [49407, 0]
+    assert model.modules["unet"]().model.add_embedding.linear_1.weight.std() > 0
+    assert model.modules["text_encoder_2"]().model.text_projection.weight.shape == (32, 32)
 
 
 def test_a_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
+import export.attach
 from engines import Bundle, EngineError, store
 from engines.bundle.publish import lock
 from export import ExportError
-from export import attach as attaching
 from export.__main__ import main
 from export.attach import attach, detach
-from export.families.controlnet import residual_specs
-from export.families.stable_diffusion import UNet
-from export.sources.addition import open_addition
-from export.sources.checkpoint import open_checkpoint
-from export.trace.component import export_component
+from export.families.addition import open_addition
 from models import tiny
-from runtime.pictures.hints import canny
-from tests.export.test_bundle import ROOT, rel_rms, wait_for
+from tests.export.test_bundle import ROOT, wait_for
 from tests.tolerances import EXPORT_REL_RMS
 from tests.tools import compvis
+from tests.tools.graphs import rel_rms, run
 
 ROWS, HEIGHT, WIDTH = 3, 16, 8
 NET_PARTS = ["text", "time", "hint", "body"]
@@ -67,11 +55,8 @@ def bundle(controlled, tmp_path) -> Bundle:
     return Bundle.open(shutil.copytree(controlled.path, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")))
 
 
-def run(bundle: Bundle, name: str, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    session = onnxruntime.InferenceSession(bundle.path / bundle.component(name).file,
-                                           providers=["CPUExecutionProvider"])
-    values = session.run(None, {value.name: feed[value.name] for value in session.get_inputs()})
-    return dict(zip([value.name for value in session.get_outputs()], values, strict=True))
+def run_component(bundle: Bundle, name: str, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return run(bundle.path / bundle.component(name).file, feed)
 
 
 def inputs(text: int = 32) -> dict[str, np.ndarray]:
@@ -110,41 +95,18 @@ def test_net_and_unet_equal_diffusers(controlled, truth, parts):
     if parts:
         names = ([f"control_edge-net_{part}" for part in NET_PARTS[:-1]], ["unet_text", "unet_time"])
     for name in names[0]:
-        found |= run(controlled, name, found)
-    residuals = run(controlled, "control_edge-net_body" if parts else "control_edge-net", found)
+        found |= run_component(controlled, name, found)
+    residuals = run_component(controlled, "control_edge-net_body" if parts else "control_edge-net", found)
     assert len(residuals) == 9 and all(rel_rms(value, truth[name]) < EXPORT_REL_RMS["fp32"]
                                        for name, value in residuals.items())
     for name in names[1]:
-        unet |= run(controlled, name, unet)
-    got = run(controlled, "unet_control_body" if parts else "unet_control", unet | residuals)["noise_pred"]
+        unet |= run_component(controlled, name, unet)
+    got = run_component(controlled, "unet_control_body" if parts else "unet_control", unet | residuals)["noise_pred"]
     assert rel_rms(got, truth["noise_pred"]) < EXPORT_REL_RMS["fp32"]
-    plain = run(controlled, "unet", feed)["noise_pred"]
+    plain = run_component(controlled, "unet", feed)["noise_pred"]
     assert rel_rms(plain[2:], truth["noise_pred"][2:]) < EXPORT_REL_RMS["fp32"]  # scale 0 is as if there were no net
     assert all(not residuals[name][2].any() for name in residuals)
     assert rel_rms(plain[:2], truth["noise_pred"][:2]) > 1e-2
-
-
-@pytest.mark.parametrize("name", ["unet", "unet_body"])
-def test_the_unet_without_residuals_is_node_for_node_the_same(plain, name):
-    """Both are on one weights file, and differ in the sums with residuals alone."""
-    control = name.replace("unet", "unet_control")
-    graphs = [ir.load(plain.path / plain.component(n).file).graph for n in (name, control)]
-    own, changed = ([(node.op_type, tuple(v and v.name for v in node.inputs), tuple(v.name for v in node.outputs))
-                     for node in graph if not str(node.name).startswith("residual_")] for graph in graphs)
-    added = {str(node.outputs[0].name): str(node.inputs[0].name) for node in graphs[1]
-             if str(node.name).startswith("residual_")}
-    assert len(added) == 9 and not any("residual" in str(value.name) for value in graphs[0].inputs)
-    assert own == [(op, tuple(added.get(v, v) for v in read), made) for op, read, made in changed]
-    assert plain.component(name).sites == plain.component(control).sites
-    assert set(plain.component(control).files) == {f"{control}.onnx", "unet.onnx.data"}
-
-
-def test_residuals_are_where_stable_diffusion_has_them():
-    config = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2}
-    found = [(spec.shape[1], spec.shape[2]) for spec in residual_specs(config)]
-    levels = ["latent_height", "latent_height_2", "latent_height_4", "latent_height_8"]
-    assert found == [(320, levels[0])] * 3 + [(320, levels[1])] + [(640, levels[1])] * 2 + [(640, levels[2])] + [
-        (1280, levels[2])] * 2 + [(1280, levels[3])] * 4
 
 
 def test_engines_of_a_net(controlled, plain, bundle):
@@ -196,7 +158,7 @@ def test_a_single_file_replaces_the_net_of_its_name(bundle, checkpoint, net, tmp
     assert new.labels == ("edge-net",) and len(list(bundle.path.glob("control_*"))) == 1
     assert list(new.manifest.components) == list(bundle.manifest.components)
     feed = inputs()
-    got = run(new, "control_edge-net", feed)["residual_8"][0]
+    got = run_component(new, "control_edge-net", feed)["residual_8"][0]
     with torch.no_grad():
         expected = ControlNetModel.from_pretrained(other)(*(torch.from_numpy(v) for v in list(feed.values())[:4]))
     assert rel_rms(got, expected.mid_block_res_sample[0].numpy()) < EXPORT_REL_RMS["fp32"]
@@ -210,7 +172,7 @@ def test_vae_swap_changes_the_decoder_alone(bundle, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(attaching, "write_manifest", interrupted)
+        patch.setattr(export.attach, "write_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             attach(folder, bundle.path, progress=False)
     assert {n: files(bundle.path)[n] for n in before} == before
@@ -226,8 +188,9 @@ def test_vae_swap_changes_the_decoder_alone(bundle, tmp_path, monkeypatch):
     latents = np.random.default_rng(2).standard_normal((1, 4, 8, 16), np.float32)
     with torch.no_grad():
         expected = AutoencoderKL.from_pretrained(folder).decode(torch.from_numpy(latents) / 0.18215).sample.numpy()
-    assert rel_rms(run(new, "vae_decoder", {"latents": latents})["image"], expected) < EXPORT_REL_RMS["fp32"]
-    assert rel_rms(run(bundle_of(before, tmp_path), "vae_decoder", {"latents": latents})["image"], expected) > 0.1
+    assert rel_rms(run_component(new, "vae_decoder", {"latents": latents})["image"], expected) < EXPORT_REL_RMS["fp32"]
+    old = bundle_of(before, tmp_path)
+    assert rel_rms(run_component(old, "vae_decoder", {"latents": latents})["image"], expected) > 0.1
 
 
 def bundle_of(content: dict[str, bytes], path: Path) -> Bundle:
@@ -242,10 +205,10 @@ def test_both_halves_of_a_vae_from_one_file(controlled, checkpoint, tmp_path):
     folder = tiny.vae(tmp_path / "vae", seed=9)
     state = {**compvis.of_vae(folder), "loss.logvar": torch.zeros(1), "model_ema.decay": torch.ones(1)}
     file = compvis.save(state, tmp_path / "vae.ckpt")
-    assert list(open_addition(file, controlled, config=checkpoint).graphs) == ["vae_decoder"]
+    assert list(open_addition(file, controlled, config=checkpoint).modules) == ["vae_decoder"]
     found = open_addition(file, controlled, encoder=True, config=checkpoint)
-    assert list(found.graphs) == ["vae_decoder", "vae_encoder"]
-    got, expected = (vae.state_dict() for vae in (found.load("vae"), AutoencoderKL.from_pretrained(folder)))
+    assert list(found.modules) == ["vae_decoder", "vae_encoder"]
+    got, expected = (vae.state_dict() for vae in (found.module.load(), AutoencoderKL.from_pretrained(folder)))
     assert got.keys() == expected.keys() and all(torch.equal(got[name], value) for name, value in expected.items())
 
 
@@ -274,87 +237,6 @@ def test_one_writer(bundle, net):
         attach(net, bundle.path / "nowhere")
 
 
-def test_a_net_of_stable_diffusion_xl(plain, tmp_path):
-    """It is given pooled text and sizes as the UNet is. In 16 bits, and cut in the same parts."""
-    folder = tiny.sdxl(tmp_path / "xl")
-    net = tiny.control(tmp_path / "net", folder)
-    checkpoint = open_checkpoint(folder)
-    unet = dataclasses.replace(plain.component("unet"), inputs=(
-        *UNet(checkpoint.load("unet"), checkpoint).inputs, *residual_specs(checkpoint.unet)))
-    manifest = dataclasses.replace(plain.manifest, family="sdxl", components={
-        "unet": unet, "unet_control": dataclasses.replace(unet, variant="control")})
-    got = export_component("control_xl", open_addition(net, Bundle(tmp_path, manifest), "xl"), "fp16", tmp_path)
-    assert [n.removeprefix("control_xl") for n in got] == ["", *(f"_{part}" for part in NET_PARTS)]
-    assert {"text_embeds", "time_ids"} < {spec.name for spec in got["control_xl"].inputs}
-    assert all(0 < one.check.rel_rms < EXPORT_REL_RMS["fp16"] for one in got.values())
-
-
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.mark.parametrize("changes, message", [
-    ({"_class_name": "T2IAdapter"}, "got a T2IAdapter, expected one of ControlNetModel, AutoencoderKL"),
-    ({"global_pool_conditions": True}, "global_pool_conditions=True, expected False"),
-    ({"num_class_embeds": 10}, "num_class_embeds=10, expected None"),
-    ({"cross_attention_dim": 48}, "cross_attention_dim=48, expected 32"),
-    ({"in_channels": 9}, "in_channels=9, expected 4"),
-    ({"conditioning_channels": 1}, "conditioning_channels=1, expected 3"),
-    ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time', expected None"),
-    ({"conditioning_embedding_out_channels": [8, 8, 16]}, "pixels a latent=4, expected 8"),
-    ({"block_out_channels": [32, 32, 64, 32]}, "9 residuals of .* which are not the 9"),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
-def test_net_that_does_not_fit(controlled, net, tmp_path, changes, message):
-    folder = shutil.copytree(net, tmp_path / "net")
-    edit(folder / "config.json", **changes)
-    with pytest.raises(ExportError, match=message):
-        open_addition(folder, controlled)
-
-
-@pytest.mark.parametrize("options, message", [
-    ({"latent_channels": 16}, "latent_channels=16, expected 4"),
-    ({"scaling_factor": 0.13025}, "scaling_factor=0.13025, expected 0.18215"),
-    ({"shift_factor": 0.1}, "shift_factor=0.1, expected 0.0"),
-    ({"block_out_channels": [8, 16, 16]}, "pixels a latent=4, expected 8"),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
-def test_vae_that_does_not_fit(controlled, tmp_path, options, message):
-    folder = tiny.vae(tmp_path / "vae", seed=1)
-    edit(folder / "config.json", **options)
-    with pytest.raises(ExportError, match=message):
-        open_addition(folder, controlled)
-
-
-def test_what_is_no_addition(controlled, checkpoint, net, tmp_path):
-    def refused(message: str, path: Path, *options: Any) -> None:
-        with pytest.raises(ExportError, match=message):
-            open_addition(path, controlled, *options)
-
-    refused("no such file or folder", tmp_path / "nowhere")
-    refused("no config.json, expected .* give the folder of its VAE, PATH/vae", checkpoint)
-    refused("got a UNet2DConditionModel, expected one of", checkpoint / "unet")
-    refused("which has its own; leave out --config", net, None, False, "sd1")
-    refused("got --encoder for a ControlNet", net, None, True)
-    refused("got 'a b' for the ControlNet's name, expected letters", net, "a b")
-    refused("got 'my_body' for the ControlNet's name, .* do not end in _text", net, "my_body")
-    refused("got the name 'x' for a VAE", tiny.vae(tmp_path / "vae", seed=1), "x")
-    whole = compvis.save(compvis.from_folder(checkpoint), tmp_path / "whole.safetensors")
-    refused("got a whole checkpoint, expected a ControlNet or a VAE", whole)
-    save_file({"lora_unet_x.lora_up.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
-    refused("no ControlNet or VAE in the original layout", tmp_path / "lora.safetensors")
-    state = compvis.of_control(net)
-    file = compvis.save(state, tmp_path / "net.safetensors")
-    refused("its architecture is not known, .* pass --config DIR", file)
-    state.pop("control_model.zero_convs.2.0.bias")
-    addition = open_addition(compvis.save(state, file), controlled, None, False, checkpoint)
-    with pytest.raises(ExportError, match=r"lack controlnet_down_blocks\.2\.bias"):
-        addition.load("control")
-    shutil.copytree(net, tmp_path / "damaged")
-    os.truncate(next((tmp_path / "damaged").glob("*.safetensors")), 1000)
-    with pytest.raises(ExportError, match="weights could not be read"):
-        open_addition(tmp_path / "damaged", controlled).load("control")
-    assert load_file(next(net.glob("*.safetensors")))
-
-
 @pytest.mark.parametrize("arguments, message", [
     (["net", "-o", "b", "--as", "x"], "--as goes with --into only"),
     (["net", "-o", "b", "--encoder"], "--encoder goes with --into only"),
@@ -373,30 +255,3 @@ def test_detach_from_the_command_line(bundle, capsys):
     assert "got ControlNet 'other', expected one of edge-net" in capsys.readouterr().err
     assert main(["--into", str(bundle.path), "--detach", "edge-net"]) == 0
     assert "ControlNets: none" in capsys.readouterr().out
-
-
-def test_canny():
-    """Edges of a white square, one pixel wide, in three equal channels; the same for grey and colour."""
-    pytest.importorskip("cv2", reason="needs opencv-python-headless")
-    picture = np.zeros((32, 48, 3), np.uint8)
-    picture[8:24, 12:36] = 255
-    found = canny(Image.fromarray(picture))
-    edges = np.asarray(found)
-    assert (found.size, found.mode) == ((48, 32), "RGB") and set(np.unique(edges)) == {0, 255}
-    assert (edges == edges[..., :1]).all() and edges[8:24, 11:13, 0].any(axis=1).all()
-    assert not edges[12:20, 16:32].any() and not edges[:6].any()
-    for other in (picture, picture[..., 0], Image.fromarray(picture).convert("RGBA")):
-        assert np.array_equal(np.asarray(canny(other)), edges)
-    faint = (picture // 8).astype(np.uint8)
-    assert not np.asarray(canny(faint)).any() and np.asarray(canny(faint, 10, 20)).any()
-    for wrong, message in ((picture.astype(np.float32), "image: got float32"), (picture[None], "expected uint8")):
-        with pytest.raises(ValueError, match=message):
-            canny(wrong)
-    with pytest.raises(ValueError, match="low, high: got 200 and 100"):
-        canny(picture, 200, 100)
-
-
-def test_canny_without_opencv_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(EngineError, match=r"canny needs OpenCV .* run: pip install opencv-python-headless"):
-        canny(np.zeros((8, 8), np.uint8))

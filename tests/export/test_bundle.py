@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import json
 import os
 import resource
@@ -12,12 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -26,16 +22,11 @@ from transformers import CLIPTokenizer
 from engines import Bundle, EngineError, store
 from export import ExportError, export
 from export.__main__ import main
-from export.families.stable_diffusion import UNet, graphs
-from export.sources.checkpoint import Checkpoint, open_checkpoint
-from export.trace import component, trace
-from export.trace.component import export_component
 from tests.tolerances import EXPORT_REL_RMS
 from tests.tools import compvis
+from tests.tools.graphs import error, opened, rel_rms, run_in_order, sizes
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-UNET_PARTS = ("unet_text", "unet_time", "unet_body", "unet_control", "unet_control_body", "unet_frames",
-              "unet_frames_body")
 ROOT = Path(__file__).parents[2]
 
 
@@ -51,88 +42,34 @@ def bundle(bundles, tmp_path_factory) -> Bundle:
     return Bundle.open(shutil.copytree(bundles["sd1"], path, ignore=shutil.ignore_patterns("engines")))
 
 
-@pytest.fixture(scope="module")
-def small(checkpoints) -> Checkpoint:
-    """An SD 2 with two UNet levels, which traces in half the time."""
-    return open_checkpoint(checkpoints["sd2"])
-
-
-def dims(height: int, width: int, batch: int, sequence: int) -> dict[str, int]:
-    return {"batch": batch, "latent_height": height, "latent_width": width, "height": 8 * height, "width": 8 * width,
-            "sequence": sequence}
-
-
-def rel_rms(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
-
-
-def run(file: Path, inputs: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return session.run(None, {value.name: x.numpy() for value, x in zip(session.get_inputs(), inputs, strict=True)})
-
-
-def error(file: Path, name: str, checkpoint: Checkpoint, size: dict[str, int]) -> float:
-    kind = graphs(checkpoint)[name]
-    graph = kind(checkpoint.load(kind.source), checkpoint)
-    inputs = graph.example(size, seed=5)
-    with torch.no_grad():
-        expected = graph.run(inputs)
-    return max(rel_rms(a, b.numpy()) for a, b in zip(run(file, inputs), expected, strict=True))
-
-
-@pytest.mark.parametrize("size", [dims(8, 8, 1, 77), dims(24, 16, 5, 30)], ids=["one-square", "five-tall"])
+@pytest.mark.parametrize("size", [sizes(8, 8, 1, 77), sizes(24, 16, 5, 30)], ids=["one-square", "five-tall"])
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_graph_equals_pytorch_at_other_sizes(folder, bundle, name, size):
     file = bundle.path / bundle.component(name).file
-    assert error(file, name, open_checkpoint(folder), size) < EXPORT_REL_RMS["fp32"]
+    assert error(file, name, opened(folder), size) < EXPORT_REL_RMS["fp32"]
 
 
 def test_timestep_is_read_for_each_row(folder, bundle):
-    graph = UNet(open_checkpoint(folder).load("unet"), open_checkpoint(folder))
-    sample, _, text = graph.example(dims(8, 8, 1, 77), seed=5)
+    sample, _, text = opened(folder).modules["unet"]().example(sizes(8, 8, 1, 77), seed=5)
     file = bundle.path / "unet.onnx"
-    rows = [run(file, (sample, torch.tensor([t]), text))[0] for t in (3.0, 903.0)]
-    both, = run(file, (sample.repeat(2, 1, 1, 1), torch.tensor([3.0, 903.0]), text.repeat(2, 1, 1)))
+    rows = [run_in_order(file, (sample, torch.tensor([t]), text))[0] for t in (3.0, 903.0)]
+    both, = run_in_order(file, (sample.repeat(2, 1, 1, 1), torch.tensor([3.0, 903.0]), text.repeat(2, 1, 1)))
     assert rel_rms(rows[0], rows[1]) > 1e-3
     assert rel_rms(both, np.concatenate(rows)) < EXPORT_REL_RMS["fp32"]
 
 
 def test_vae_graphs_speak_the_latents_of_the_unet(folder, bundle):
     """The scale is inside: the encoder's mean is diffusers' mean times it, and the decoder takes that."""
-    vae, scale = open_checkpoint(folder).load("vae"), open_checkpoint(folder).scale
+    vae, scale = opened(folder).modules["vae_decoder"]().model, opened(folder).latent.scale
     image = torch.rand(1, 3, 64, 64) * 2 - 1
-    mean, std = run(bundle.path / "vae_encoder.onnx", (image,))
-    decoded, = run(bundle.path / "vae_decoder.onnx", (torch.from_numpy(mean),))
+    mean, std = run_in_order(bundle.path / "vae_encoder.onnx", (image,))
+    decoded, = run_in_order(bundle.path / "vae_decoder.onnx", (torch.from_numpy(mean),))
     with torch.no_grad():
         latents = vae.encode(image).latent_dist
         expected = vae.decode(latents.mean).sample
     assert rel_rms(mean, latents.mean.numpy() * scale) < EXPORT_REL_RMS["fp32"]
     assert rel_rms(std, latents.std.numpy() * scale) < EXPORT_REL_RMS["fp32"]
     assert rel_rms(decoded, expected.numpy()) < EXPORT_REL_RMS["fp32"]
-
-
-@pytest.mark.parametrize("name, dtype", [("vae_decoder", "fp16"), ("text_encoder", "fp16"), ("unet", "bf16"),
-                                         pytest.param("unet", "fp16", marks=pytest.mark.slow)])
-def test_16_bit_component(small, tmp_path, name, dtype):
-    """A UNet hands float32 from part to part."""
-    made = export_component(name, small, dtype, tmp_path)
-    got = made[name]
-    assert 0 < got.check.rel_rms < EXPORT_REL_RMS[dtype]
-    model = ir.load(tmp_path / got.file)
-    outside = {value.dtype.numpy() for value in (*model.graph.inputs, *model.graph.outputs)}
-    assert outside <= {np.dtype("float32"), np.dtype("int64")}
-    narrow = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[dtype]
-    weights = [value for value in model.graph.initializers.values() if value.name.endswith(".weight")]
-    assert weights and {value.dtype for value in weights} == {narrow}
-    assert list(made) == [name, *(UNET_PARTS if name == "unet" else ())]
-    files = [f"{part}.onnx" for part in made]
-    assert sorted(os.listdir(tmp_path)) == sorted([*files, f"{name}.onnx.data"])  # the widened copy is gone
-    for part in [part for part in made if part != name]:
-        assert 0 < made[part].check.rel_rms < EXPORT_REL_RMS[dtype]
-        graph = ir.load(tmp_path / f"{part}.onnx").graph
-        assert {value.dtype for value in (*graph.inputs, *graph.outputs)} == {ir.DataType.FLOAT}
-        if part != "unet_text":  # which is a product with weights, and has no constants
-            assert narrow in {value.dtype for value in graph.initializers.values()}
 
 
 def test_sites_are_single_nodes(bundle):
@@ -144,47 +81,8 @@ def test_sites_are_single_nodes(bundle):
     assert sites["vae_encoder"] == {"Attention": 1, "GroupNormalization": 14}
 
 
-def test_weights_are_gone_before_the_check(small, tmp_path, monkeypatch):
-    """A UNet's gigabytes would otherwise be in memory twice."""
-    model = small.load("text_encoder")
-    weight = weakref.ref(model.final_layer_norm.weight)
-    held, check, found = [model], component._check, []
-    del model
-
-    def look(*arguments):
-        gc.collect()
-        found.append(weight())
-        return check(*arguments)
-
-    monkeypatch.setattr(component, "_check", look)
-    checkpoint = dataclasses.replace(small, load=lambda name: held.pop())
-    export_component("text_encoder", checkpoint, "fp32", tmp_path)
-    assert found == [None]
-
-
-def test_missing_site_is_an_error(small, tmp_path, monkeypatch):
-    def attention(q, k, v, **_):
-        return (q @ k.mT).softmax(-1) @ v
-
-    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
-    with pytest.raises(ExportError, match="text_encoder: the graph has 0 Attention nodes, the model 2 such modules"):
-        export_component("text_encoder", small, "fp32", tmp_path)
-
-
-def test_graph_over_tolerance_is_an_error(small, tmp_path, monkeypatch):
-    def scaled(*arguments):
-        model, sites = trace.trace(*arguments)
-        weight = model.graph.initializers["final_layer_norm.weight"]
-        weight.const_value = ir.tensor(weight.const_value.numpy() * 1.01, name=weight.name)
-        return model, sites
-
-    monkeypatch.setattr(component, "trace", scaled)
-    with pytest.raises(ExportError, match=r"text_encoder.onnx in fp32: .* differs .* nothing was published"):
-        export_component("text_encoder", small, "fp32", tmp_path)
-
-
 def test_weights_keep_their_names_and_layout(folder, bundle):
-    unet = open_checkpoint(folder).load("unet").state_dict()
+    unet = opened(folder).modules["unet"]().model.state_dict()
     stored = ir.load(bundle.path / "unet.onnx").graph.initializers
     assert unet.keys() <= stored.keys()
     assert [k for k, v in unet.items() if not np.array_equal(stored[k].const_value.numpy(), v.numpy())] == []

@@ -1,4 +1,4 @@
-"""Weights of a diffusers folder under their original (CompVis, Stability) names: `export.sources.convert` undone.
+"""Weights of a diffusers folder under their original (CompVis, Stability) names: `export.sources.convert` backwards.
 
 It is written from the original modules' structure, and not from the converter, so that the two check each other.
 """

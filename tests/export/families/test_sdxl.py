@@ -23,17 +23,15 @@ from benchmarks.harness.networks.inputs import inputs
 from engines import Bundle, store
 from engines.store.choose import choose
 from export import ExportError
-from export.families.stable_diffusion import graphs
-from export.sources.checkpoint import open_checkpoint
-from export.sources.single_file import CONFIGS
-from export.trace import trace
-from export.trace.component import export_component, precision
+from export.sources.architectures import shipped
+from export.trace.component import export_component
+from export.trace.sites import site_of
 from runtime.text.tokenizer import PromptTokenizer
-from tests.export.test_bundle import dims, error, rel_rms, run
 from tests.tolerances import EXPORT_REL_RMS
+from tests.tools.graphs import error, opened, rel_rms, run_in_order, sizes
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
-CONFIG = json.loads((CONFIGS / "sdxl.json").read_text())
+CONFIG = shipped("sdxl")
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +44,16 @@ def bundle(bundles) -> Bundle:
     return Bundle.open(bundles["sdxl"])
 
 
-@pytest.mark.parametrize("size", [dims(8, 8, 1, 77), dims(6, 4, 5, 30)], ids=["one-square", "five-tall"])
+@pytest.mark.parametrize("size", [sizes(8, 8, 1, 77), sizes(6, 4, 5, 30)], ids=["one-square", "five-tall"])
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_graph_equals_pytorch_at_other_sizes(folder, bundle, name, size):
     file = bundle.path / bundle.component(name).file
-    assert error(file, name, open_checkpoint(folder), size) < EXPORT_REL_RMS["fp32"]
+    assert error(file, name, opened(folder), size) < EXPORT_REL_RMS["fp32"]
 
 
 def test_16_bit_unet(folder, tmp_path):
     """Its graph is one that ONNX's own type inference accepts, and it is cut in parts like any other."""
-    made = export_component("unet", open_checkpoint(folder), "fp16", tmp_path)
+    made = export_component("unet", opened(folder), "fp16", tmp_path)
     assert list(made) == ["unet", "unet_text", "unet_time", "unet_body", "unet_control", "unet_control_body",
                           "unet_frames", "unet_frames_body"]
     assert 0 < made["unet_body"].check.rel_rms < EXPORT_REL_RMS["fp16"]
@@ -73,7 +71,7 @@ def test_the_unet_is_given_what_diffusers_gives_it(folder, bundle):
         ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in prompts]))
         component = bundle.component(text.component)
         none = [torch.zeros(spec.resolve({"batch": 2}).shape) for spec in component.inputs[1:]]
-        hidden, *rest = run(bundle.path / component.file, (ids, *none))
+        hidden, *rest = run_in_order(bundle.path / component.file, (ids, *none))
         assert text.hidden_layer == "penultimate" and bool(rest) == (text.pooled == "text_embeds")
         states.append(hidden)
         pooled = rest[0] if rest else pooled
@@ -87,10 +85,10 @@ def test_the_unet_is_given_what_diffusers_gives_it(folder, bundle):
     assert rel_rms(joined, expected.numpy()) < EXPORT_REL_RMS["fp32"]
     assert rel_rms(pooled, expected_pooled.numpy()) < EXPORT_REL_RMS["fp32"]
     feed = (sample, timestep, torch.from_numpy(joined), torch.from_numpy(pooled), torch.tensor([sizes] * 2).float())
-    got, = run(bundle.path / "unet.onnx", feed)
+    got, = run_in_order(bundle.path / "unet.onnx", feed)
     assert rel_rms(got, prediction.numpy()) < EXPORT_REL_RMS["fp32"]
     feed[4][1, 3] = 9  # the left edge of the second row's crop
-    moved, = run(bundle.path / "unet.onnx", feed)
+    moved, = run_in_order(bundle.path / "unet.onnx", feed)
     assert np.array_equal(got[0], moved[0]) and rel_rms(moved[1], got[1]) > 1e-4
 
 
@@ -146,12 +144,12 @@ def test_benchmarks_of_whole_pictures(folder, bundle, tmp_path, capsys):
 
 
 def test_the_vae_of_an_fp16_bundle_is_bf16(folder):
-    checkpoint = open_checkpoint(folder)
-    assert {name: precision(name, checkpoint, "fp16") for name in graphs(checkpoint)} == {
+    model = opened(folder)
+    assert {name: model.precision(name, "fp16") for name in model.modules} == {
         name: "bf16" if name.startswith("vae") else "fp16" for name in COMPONENTS}
-    assert precision("vae_decoder", checkpoint, "fp32") == "fp32"
-    fixed = dataclasses.replace(checkpoint, vae={**checkpoint.vae, "force_upcast": False})
-    assert precision("vae_decoder", fixed, "fp16") == "fp16"
+    assert model.precision("vae_decoder", "fp32") == "fp32"
+    fixed = dataclasses.replace(model, vae={**model.vae, "force_upcast": False})
+    assert fixed.precision("vae_decoder", "fp16") == "fp16"
 
 
 @pytest.mark.parametrize(("file", "changes", "message"), [
@@ -166,12 +164,12 @@ def test_folder_that_cannot_be_exported(folder, tmp_path, file, changes, message
     path = copy / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ExportError, match=message):
-        open_checkpoint(copy)
+        opened(copy)
 
 
 def test_one_tokenizer_for_two_encoders_is_refused(folder):
     with pytest.raises(ExportError, match="a model that has two of its own; leave out --tokenizer"):
-        open_checkpoint(folder, tokenizer=folder / "tokenizer")
+        opened(folder, tokenizer=folder / "tokenizer")
 
 
 def test_shipped_configuration_is_that_of_the_published_model():
@@ -182,7 +180,7 @@ def test_shipped_configuration_is_that_of_the_published_model():
                   "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig.from_dict(CONFIG["text_encoder_2"]))}
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     assert sizes == {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder_2": 694_659_840}
-    sites = Counter(site for module in models["unet"].modules() if (site := trace._site(module)))
+    sites = Counter(site for module in models["unet"].modules() if (site := site_of(module)))
     assert sites == {"Attention": 140, "GroupNormalization": 46, "LayerNormalization": 210, "Gelu": 70}
 
 

@@ -30,6 +30,7 @@ from torch import nn
 
 import engines
 from engines import Bundle, EngineConfig, store
+from engines.backend import Target
 from engines.check import verify
 from engines.spec import TensorSpec
 from export.trace.module import trace_module
@@ -134,9 +135,10 @@ def test_networks_of_other_models(tmp_path, name):
     results = {"inductor": in_torch(file, feed)}
     for backend in ("onnxruntime", "openvino"):
         config, directory = EngineConfig(backend, {"batch": 1, **sizes}), tmp_path / backend
+        target = Target(tmp_path, name, component, config)
         directory.mkdir()
-        engines.backend(backend).build(file, component, config, directory)
-        results[backend] = verify.run(engines.backend(backend).load(file, component, config, directory), feed)
+        engines.backend(backend).build(target, directory)
+        results[backend] = verify.run(engines.backend(backend).load(target, directory), feed)
     for backend, got in results.items():
         for output, truth in expected.items():
             if output == "codes":

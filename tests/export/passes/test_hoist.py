@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 
 from engines import Bundle, store
 from engines.onnxruntime import backend
 from engines.spec import TensorSpec
 from export import ExportError
-from export.families.stable_diffusion import UNet
+from export.families.unet import CUTS
 from export.passes.hoist import hoist
 from runtime import Pipeline, Request
 from tests.tolerances import EXPORT_REL_RMS, IMAGE_MAX
+from tests.tools.graphs import run
 
 PARTS = ["unet_text", "unet_time", "unet_body"]
+INVARIANT = {cut.part: cut.reads for cut in CUTS}
 
 
 @pytest.fixture(scope="module", params=["sd1", "sd2"])
 def bundle(request, bundles) -> Bundle:
     return Bundle.open(bundles[request.param])
-
-
-def run(file: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    values = session.run(None, {value.name: feed[value.name] for value in session.get_inputs()})
-    return dict(zip([value.name for value in session.get_outputs()], values, strict=True))
 
 
 @pytest.mark.parametrize("rows, height, width, tokens", [(2, 8, 8, 77), (3, 16, 8, 20)])
@@ -81,10 +73,9 @@ def test_parts_share_the_weights_file(bundle):
         assert (bundle.path / f"{name}.onnx").stat().st_size < 300_000
 
 
-def graph_file(path: Path, nodes: list[ir.Node], inputs: list[ir.Value], weights: list[ir.Value]) -> Path:
-    graph = ir.Graph(inputs, [nodes[-1].outputs[0]], nodes=nodes, initializers=weights, opset_imports={"": 23})
-    ir.save(ir.Model(graph, ir_version=10), path / "unet.onnx")
-    return path / "unet.onnx"
+def model_of(nodes: list[ir.Node], inputs: list[ir.Value]) -> ir.Model:
+    graph = ir.Graph(inputs, [nodes[-1].outputs[0]], nodes=nodes, opset_imports={"": 23}, name="unet")
+    return ir.Model(graph, ir_version=10)
 
 
 def value(name: str, shape: tuple[int | str | None, ...]) -> ir.Value:
@@ -101,28 +92,28 @@ def test_what_depends_on_text_and_time_stays(tmp_path):
     for n, node in enumerate(nodes):
         node.outputs[0].name, node.outputs[0].dtype = f"value{n}", ir.DataType.FLOAT
     specs = [TensorSpec(str(v.name), "float32", ("batch", 4)) for v in inputs]
-    file = graph_file(tmp_path, nodes, inputs, [])
-    parts = hoist(file, {"text": ["text"], "time": ["time"]}, specs, [TensorSpec("value4", "float32", ("batch", 4))])
+    model = model_of(nodes, inputs)
+    ir.save(model, file := tmp_path / "unet.onnx")
+    parts = hoist(model, {"text": ["text"], "time": ["time"]}, specs, [TensorSpec("value4", "float32", ("batch", 4))])
     assert list(parts) == ["text", "time", "body"]
-    body = ir.load(tmp_path / "unet_body.onnx").graph
-    assert [node.op_type for node in body] == ["Mul", "Relu", "Add"]
+    assert [node.op_type for node in parts["body"].model.graph] == ["Mul", "Relu", "Add"]
+    for name, part in parts.items():
+        ir.save(part.model, tmp_path / f"unet_{name}.onnx")
     feed = {spec.name: np.random.default_rng(n).standard_normal((2, 4), np.float32) for n, spec in enumerate(specs)}
     handed = run(tmp_path / "unet_text.onnx", feed) | run(tmp_path / "unet_time.onnx", feed)
     got = run(tmp_path / "unet_body.onnx", feed | handed)["value4"]
     np.testing.assert_array_equal(got, run(file, feed)["value4"])
 
 
-def test_model_without_invariants_is_left_whole(tmp_path):
+def test_model_without_invariants_is_left_whole():
     inputs = [value("sample", ("batch", 4)), value("text", ("batch", 4))]
     node = ir.node("Add", inputs)
     node.outputs[0].name = "out"
-    specs = [TensorSpec(str(v.name), "float32", ("batch", 4)) for v in inputs]
-    file = graph_file(tmp_path, [node], inputs, [])
-    assert hoist(file, {"text": ["text"]}, specs, [TensorSpec("out", "float32", ("batch", 4))]) == {}
-    assert [path.name for path in tmp_path.iterdir()] == ["unet.onnx"]
+    *specs, out = [TensorSpec(name, "float32", ("batch", 4)) for name in ("sample", "text", "out")]
+    assert hoist(model_of([node], inputs), {"text": ["text"]}, specs, [out]) == {}
 
 
-def test_unknown_shape_is_an_error(tmp_path):
+def test_unknown_shape_is_an_error():
     """How many values of the text are not zero is known only at run time."""
     inputs = [value("sample", ("batch", 4)), value("text", ("batch", 4))]
     where = ir.node("NonZero", [inputs[1]])
@@ -132,9 +123,8 @@ def test_unknown_shape_is_an_error(tmp_path):
     for n, node in enumerate(nodes):
         node.outputs[0].name, node.outputs[0].dtype = f"value{n}", ir.DataType.FLOAT if n else ir.DataType.INT64
     specs = [TensorSpec(str(v.name), "float32", ("batch", 4)) for v in inputs]
-    file = graph_file(tmp_path, nodes, inputs, [])
     with pytest.raises(ExportError, match=r"value2: got dimensions .* expected those of the inputs"):
-        hoist(file, {"text": ["text"]}, specs, [TensorSpec("value3", "float32", ("batch", 4))])
+        hoist(model_of(nodes, inputs), {"text": ["text"]}, specs, [TensorSpec("value3", "float32", ("batch", 4))])
 
 
 def test_pictures_are_the_same_whole_and_in_parts(bundle, monkeypatch):
@@ -143,7 +133,7 @@ def test_pictures_are_the_same_whole_and_in_parts(bundle, monkeypatch):
                 for steps, guidance in ((2, 7.5), (35, 1.0), (3, 3.0))]
     pictures = []
     for parts in (True, False):
-        monkeypatch.setattr(backend, "in_parts", parts)
+        monkeypatch.setattr(backend.ONNXRUNTIME, "in_parts", parts)
         assert store.in_parts(bundle, "onnxruntime") == parts
         assert ("unet" in store.used(bundle, "onnxruntime")) != parts
         pipe = Pipeline.load(bundle.path, "onnxruntime", size=(64, 64), batch=2)
@@ -153,8 +143,21 @@ def test_pictures_are_the_same_whole_and_in_parts(bundle, monkeypatch):
 
 def test_the_same_graph_gives_the_same_parts(bundle, tmp_path):
     component = bundle.component("unet")
-    shutil.copy(bundle.path / "unet.onnx", tmp_path)
-    shutil.copy(bundle.path / "unet.onnx.data", tmp_path)
-    hoist(tmp_path / "unet.onnx", UNet.invariant, component.inputs, component.outputs)
-    for name in PARTS:
-        assert (tmp_path / f"{name}.onnx").read_bytes() == (bundle.path / f"{name}.onnx").read_bytes()
+    parts = hoist(ir.load(bundle.path / "unet.onnx"), INVARIANT, component.inputs, component.outputs)
+    assert [f"unet_{name}" for name in parts] == PARTS
+    for name, part in parts.items():
+        ir.save(part.model, tmp_path / f"unet_{name}.onnx")
+        assert (tmp_path / f"unet_{name}.onnx").read_bytes() == (bundle.path / f"unet_{name}.onnx").read_bytes()
+
+
+def test_parts_that_compute_something_else_are_an_error(bundle, monkeypatch):
+    """As they would if what was cut out were lost on the way."""
+    component = bundle.component("unet")
+    extract = ir.convenience.extract
+
+    def forgetful(graph, inputs, outputs):
+        return extract(graph, inputs, outputs[:-1] if len(outputs) > 1 else outputs)
+
+    monkeypatch.setattr(ir.convenience, "extract", forgetful)
+    with pytest.raises(ExportError, match=r"unet: its parts have \d+ nodes that compute something, expected the \d+"):
+        hoist(ir.load(bundle.path / "unet.onnx"), INVARIANT, component.inputs, component.outputs)

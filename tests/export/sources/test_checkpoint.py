@@ -17,13 +17,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from export import FAMILIES, ExportError
-from export.sources.checkpoint import Checkpoint, open_checkpoint
-from export.sources.convert import PREFIXES, convert
-from export.sources.single_file import CONFIGS
+from export import ARCHITECTURES, ExportError
+from export.families.family import Family
+from export.sources.architectures import shipped
+from export.sources.convert import convert
 from export.sources.tokenizer import clip_tokenizer, save_tokenizer
 from models import tiny
 from tests.tools import compvis
+from tests.tools.graphs import opened
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def folder(folders, tmp_path) -> Path:
     return shutil.copytree(folders["sd1"], tmp_path / "model")
 
 
-def assert_same_weights(got: Checkpoint, expected: Checkpoint) -> None:
-    for name in PREFIXES:
-        a, b = got.load(name).state_dict(), expected.load(name).state_dict()
+def assert_same_weights(got: Family, expected: Family) -> None:
+    for name in got.modules:
+        a, b = (model.modules[name]().model.state_dict() for model in (got, expected))
         assert a.keys() == b.keys()
         assert [k for k in a if a[k].dtype != torch.float32 or not torch.equal(a[k], b[k])] == []
 
@@ -51,14 +52,14 @@ def assert_same_weights(got: Checkpoint, expected: Checkpoint) -> None:
 def test_single_file_has_the_weights_of_its_folder(folders, tmp_path, family, suffix, ema):
     state = compvis.from_folder(folders[family])
     path = compvis.save(compvis.with_ema(state) if ema else state, tmp_path / f"model{suffix}")
-    assert_same_weights(open_checkpoint(path, config=folders[family]), open_checkpoint(folders[family]))
+    assert_same_weights(opened(path, config=folders[family]), opened(folders[family]))
 
 
 def test_flat_half_precision_pickle(folders, tmp_path):
     state = {k: v.half() if v.is_floating_point() else v for k, v in compvis.from_folder(folders["sd1"]).items()}
     path = compvis.save(state, tmp_path / "model.ckpt", nested=False)
-    got = open_checkpoint(path, config=folders["sd1"]).load("unet")
-    expected = open_checkpoint(folders["sd1"]).load("unet").conv_in.weight
+    got = opened(path, config=folders["sd1"]).modules["unet"]().model
+    expected = opened(folders["sd1"]).modules["unet"]().model.conv_in.weight
     assert torch.equal(got.conv_in.weight, expected.half().float())
 
 
@@ -73,7 +74,7 @@ def test_lightning_callbacks_in_a_pickle_are_ignored(folders, tmp_path, monkeypa
     torch.save(data, tmp_path / "model.ckpt")
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
-    open_checkpoint(tmp_path / "model.ckpt", config=folders["sd1"]).load("vae")
+    opened(tmp_path / "model.ckpt", config=folders["sd1"]).modules["vae_decoder"]()
 
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -91,7 +92,7 @@ def test_single_file_that_does_not_fit(folders, tmp_path, change, message):
     state = compvis.from_folder(folders["sd1"])
     change(state)
     with pytest.raises(ExportError, match=message):
-        open_checkpoint(compvis.save(state, tmp_path / "model.safetensors"), config=folders["sd1"]).load("unet")
+        opened(compvis.save(state, tmp_path / "model.safetensors"), config=folders["sd1"]).modules["unet"]()
 
 
 SIZES = {  # parameters of the published models
@@ -102,9 +103,9 @@ SIZES = {  # parameters of the published models
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_shipped_configuration_is_that_of_the_published_model(family):
-    configs = json.loads((CONFIGS / f"{family}.json").read_text())
+    configs = shipped(family)
     with torch.device("meta"):
         models = {"unet": UNet2DConditionModel.from_config(configs["unet"]),
                   "vae": AutoencoderKL.from_config(configs["vae"]),
@@ -124,10 +125,10 @@ def test_family_is_told_from_the_weights(tmp_path, width, step, channels, family
     state = {f"{prefix}x": torch.ones(1) for prefix in ("cond_stage_model.", "first_stage_model.")}
     state |= {CONV_IN: torch.ones(1, channels, 1, 1), TEXT_KEYS: torch.ones(1, width)}
     torch.save({"state_dict": state, "global_step": step}, tmp_path / "model.ckpt")
-    checkpoint = open_checkpoint(tmp_path / "model.ckpt")
-    assert checkpoint.scheduler == json.loads((CONFIGS / f"{family}.json").read_text())["scheduler"]
+    model = opened(tmp_path / "model.ckpt")
+    assert model.scheduler == shipped(family)["scheduler"]
     assert ("taken for" in caplog.text) == (width == 1024 and channels == 4)
-    assert sum(extra.channels for extra in checkpoint.extra_channels) == channels - 4
+    assert sum(model.extra_channels.values()) == channels - 4
 
 
 def test_clip_tokenizer(tmp_path):
@@ -182,7 +183,7 @@ def bad(folders, tmp_path_factory) -> Path:
 ])
 def test_file_that_is_no_checkpoint(bad, name, message):
     with pytest.raises(ExportError, match=message):
-        open_checkpoint(bad / name)
+        opened(bad / name)
     assert not (bad / "exploded").exists()
 
 
@@ -192,7 +193,7 @@ def test_folder_with_pickled_weights(folder, folders):
         file, = (folder / name).glob("*.safetensors")
         torch.save(load_file(file), folder / name / target)
         file.unlink()
-    assert_same_weights(open_checkpoint(folder), open_checkpoint(folders["sd1"]))
+    assert_same_weights(opened(folder), opened(folders["sd1"]))
 
 
 def test_folder_that_older_versions_wrote(folder, folders):
@@ -206,14 +207,14 @@ def test_folder_that_older_versions_wrote(folder, folders):
     file, = (folder / "text_encoder").glob("*.safetensors")
     state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
     save_file({**state, "text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
-    assert_same_weights(open_checkpoint(folder), open_checkpoint(folders["sd1"]))
+    assert_same_weights(opened(folder), opened(folders["sd1"]))
 
 
 def test_folder_with_only_the_fp16_variant(folder, folders):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({k: v.half() for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
     file.unlink()
-    got, expected = (open_checkpoint(path).load("unet").conv_in.weight for path in (folder, folders["sd1"]))
+    got, expected = (opened(path).modules["unet"]().model.conv_in.weight for path in (folder, folders["sd1"]))
     assert torch.equal(got, expected.half().float())
 
 
@@ -239,4 +240,4 @@ def edit(path: Path, **changes: object) -> None:
 def test_folder_that_cannot_be_exported(folder, damage, message):
     damage(folder)
     with pytest.raises(ExportError, match=message):
-        open_checkpoint(folder).load("unet")
+        opened(folder).modules["unet"]()

@@ -26,9 +26,9 @@ from runtime.text.embeddings import load, load_all
 from runtime.text.encoders import TextEncoders
 from runtime.text.prompt import LESS, MORE, emphasize, fill, parse
 from runtime.text.tokenizer import PromptTokenizer
-from tests.export.test_bundle import rel_rms
 from tests.tolerances import BATCH_IMAGE_MAX, EXPORT_REL_RMS, IMAGE_MAX
 from tests.tools import small
+from tests.tools.graphs import rel_rms
 
 LONG = "a cat and a horse on the hill, " * 12 + "and rain"
 ONE, TWO = {"text_encoder": 4}, {"text_encoder": 4, "text_encoder_2": 6}
