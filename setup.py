@@ -66,6 +66,7 @@ def _openvino() -> str:
 
 
 setup(
+    py_modules=["latentrt"],
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={"export.sources": ["configs/**/*"], "kernels": ["csrc/latentrt_kernels.h"]},
     ext_modules=[Extension(f"kernels.{name}", sources=[], optional=True) for name in LIBRARIES],

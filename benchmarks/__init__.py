@@ -1,1 +1,4 @@
-"""Measurements: speed of kernels, UNet and pipeline, and the quality of the pictures."""
+"""Measurements: tasks and quality of pictures, speed of kernels, UNet, VAE and pipeline. One command a file.
+
+Here are the commands and `cases`, the shapes of kernels; harness/ is what commands share.
+"""

@@ -1,12 +1,27 @@
-"""The shapes that kernels are tested and measured on, as the models have them: SD 1.5, SD 2.1, SDXL and their VAEs.
+"""Shapes that kernels are tested and measured on, and the error that they may have there.
 
-A UNet's batch of 2 is one image with guidance. Latents are 64x64 for SD 1.5 (512x512 pixels), 96x96 for SD 2.1
-(768x768) and 128x128 for SDXL (1024x1024).
+The shapes are those of models: SD 1.5, SD 2.1, SDXL and their VAEs. A UNet's batch of 2 is one image with guidance.
+Latents are 64x64 for SD 1.5 (512x512 pixels), 96x96 for SD 2.1 (768x768) and 128x128 for SDXL (1024x1024).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+TRITON_FLOOR = {"fp16": 1e-4, "bf16": 8e-4, "fp32": 1e-6}
+"""Output's dtype → floor of the error of a Triton kernel: a fifth of a rounding in 16 bits, seventeen of the far
+smaller ones in fp32."""
+CPP_FLOOR = {"fp16": 2.5e-4, "bf16": 2e-3, "fp32": 1e-6}
+"""Output's dtype → floor of the error of a C++ kernel: one rounding or so."""
+
+
+def most_error(framework: float, truth: float, floor: float) -> float:
+    """Return the largest error that a kernel may have: twice the framework's own in the same dtype, plus a floor.
+
+    framework: error of the framework's result, and truth: the truth itself, both in the norm of the error (RMS, or the
+    largest magnitude). floor: share of the truth.
+    """
+    return 2 * framework + floor * truth
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,7 @@ class Attention:
 
     @property
     def flops(self) -> int:
-        """Of the two matrix products, without the masked half of a causal one."""
+        """Operations of the two matrix products, without the masked half of a causal one."""
         return 4 * self.batch * self.heads * self.n_q * self.n_k * self.head_dim // (2 if self.causal else 1)
 
 
@@ -48,7 +63,7 @@ class GroupNorm:
 
     @property
     def values(self) -> int:
-        """Read at least once, and written."""
+        """Values that are read at least once, and written."""
         return self.images * self.channels * self.height * self.width
 
 
@@ -74,6 +89,32 @@ class Geglu:
 
     def __str__(self) -> str:
         return f"{self.model}-{self.rows}x{self.n}"
+
+
+@dataclass(frozen=True)
+class Latents:
+    """guidance_step on `images` latents of 4 channels, with guidance and a memory of 3 arrays."""
+
+    model: str
+    images: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.images}x4x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """to_image on `images` pictures."""
+
+    model: str
+    images: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.images}x3x{self.height}x{self.width}"
 
 
 ATTENTION = (
@@ -119,3 +160,9 @@ GEGLU = (
     *(Geglu("sd21", 2 * n, 4 * width) for n, width in ((9216, 320), (2304, 640), (576, 1280), (144, 1280))),
     *(Geglu("sdxl", 2 * n, 4 * width) for n, width in ((4096, 640), (1024, 1280))),
 )
+
+_SIZES = (("sd15", 64), ("sd21", 96), ("sdxl", 128))
+
+GUIDANCE_STEP = tuple(Latents(model, images, n, n) for model, n in _SIZES for images in (1, 4))
+
+TO_IMAGE = tuple(Pictures(model, images, 8 * n, 8 * n) for model, n in _SIZES for images in (1, 4))

@@ -62,9 +62,9 @@ build() {
 
 others() {
     local rest=() file
-    for file in $(grep -l 'mark\.gpu' tests/test_*.py); do
+    for file in $(grep -lr --include='test_*.py' 'mark\.gpu' tests); do
         case $file in
-            tests/kernels/triton/test_attention.py | tests/kernels/triton/test_group_norm.py | tests/kernels/aot/test_build.py | tests/runtime/devices/test_cuda.py) ;;
+            tests/kernels/triton/test_attention.py | tests/kernels/triton/test_group_norm.py | tests/kernels/test_launch.py | tests/runtime/devices/test_cuda.py) ;;
             *) rest+=("$file") ;;
         esac
     done
@@ -73,7 +73,7 @@ others() {
 
 # model NAME SECONDS: a full-size model with random weights, in fp16
 model() {
-    step "random-$1" "$2" "$python" -c 'import sys; from benchmarks import random_model
+    step "random-$1" "$2" "$python" -c 'import sys; from benchmarks.harness import random_model
 print(*random_model.make(sys.argv[1], dtype="fp16"))' "$1"
 }
 
@@ -103,7 +103,7 @@ if chosen tests; then
     build & jobs+=($!)
     pytest_gpu attention tests/kernels/triton/test_attention.py & jobs+=($!)
     pytest_gpu group_norm tests/kernels/triton/test_group_norm.py & jobs+=($!)
-    pytest_gpu cubins tests/kernels/aot/test_build.py & jobs+=($!)
+    pytest_gpu cubins tests/kernels/test_launch.py & jobs+=($!)
     pytest_gpu loop tests/runtime/devices/test_cuda.py & jobs+=($!)
     others & jobs+=($!)
 fi

@@ -27,38 +27,36 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from benchmarks.harness import measure
+from benchmarks.harness.kernels import figures
 from engines.cli.options import positive
 
 if TYPE_CHECKING:
-    from benchmarks.harness.contenders import Bench, Contender, Run, Setting
+    from benchmarks.harness.kernels.bench import Bench, Setting
 
 OPS = ("attention", "group_norm", "layer_norm", "geglu", "guidance_step", "to_image")
+"""Names of the ops; `benchmarks.harness.kernels.ops` has their shapes and contenders, and needs torch."""
 DTYPES = {"cpu": ("bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
+"""Device → precisions that can be timed there."""
 ISAS = ("avx2", "avx512", "amx")
 TORCH_LIMITS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 }
-"""Environment that torch, oneDNN and MKL read when they are loaded."""
-PEER_RMS = 0.05
-"""A peer whose result is further from the truth than this, RMS over RMS, computes something else."""
-
-CPU_SAMPLE = 0.01  # seconds of calls in a sample on a CPU
-OTHERS_ASLEEP = 0.03  # seconds after which no library's threads still wait for work on a core
+"""Instruction set → environment that torch, oneDNN and MKL read when they are loaded."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("--device", choices=list(DTYPES), default="cpu", help="default %(default)s")
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="NAME",
                         help=f"some of: {', '.join(OPS)}")
@@ -83,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Check and time the kernels; return the exit status, 1 where one of latentrt's could not be timed."""
     for name in ("torch", "triton"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"got no {name}, expected it for references and peers; pip install 'latentrt[benchmarks]'")
@@ -90,17 +89,17 @@ def run(args: argparse.Namespace) -> int:
         if "torch" in sys.modules:
             raise ValueError("--torch-isa: got torch loaded already, expected a new process; run it from a shell")
         os.environ.update(TORCH_LIMITS[args.torch_isa])
-    from benchmarks.harness import contenders
+    from benchmarks.harness.kernels import ops as known
 
     setting = _setting(args)
     dtypes = args.dtype or (DTYPES["cpu"] if setting.device == "cpu" else ("fp16",))
     if unknown := [d for d in dtypes if d not in DTYPES[setting.device]]:
         raise ValueError(f"--dtype: got {', '.join(unknown)} on {setting.device}, expected some of "
                          f"{', '.join(DTYPES[setting.device])}")
-    ops = [op for op in OPS if op in args.op and (setting.device == "cuda" or op in contenders.ON_CPU)]
+    ops = [op for op in OPS if op in args.op and (setting.device == "cuda" or known.OPS[op].on_cpu)]
     if left := [op for op in OPS if op in args.op and op not in ops]:
         print(f"left out on a CPU, where we have no kernel for them: {', '.join(left)}")
-    work = [(op, case, dtype) for op in ops for dtype in dtypes for case in contenders.chosen(op, args.case)]
+    work = [(op, case, dtype) for op in ops for dtype in dtypes for case in known.chosen(op, args.case)]
     if not work:
         raise ValueError(f"got nothing to time (--op {' '.join(args.op)} --case {' '.join(args.case)}), expected at "
                          "least one shape; leave --case out for all of them")
@@ -109,18 +108,18 @@ def run(args: argparse.Namespace) -> int:
     try:
         for op, case, dtype in (bar := tqdm(work, desc="kernels", disable=None)):
             bar.set_postfix_str(f"{op} {dtype} {case}")
-            report["results"].append(_measure(contenders.make(op, case, dtype, setting), setting, args))
+            report["results"].append(_measure(known.make(op, case, dtype, setting), setting, args))
             if args.json:
                 measure.write_json(args.json, report)
     finally:  # also of a run that Ctrl-C ends
-        _print(report["results"], setting)
+        figures.show(report["results"], setting.device)
     return int(any(name.startswith("latentrt") for result in report["results"] for name in result["left_out"]))
 
 
 def _setting(args: argparse.Namespace) -> Setting:
     import torch
 
-    from benchmarks.harness.contenders import Setting
+    from benchmarks.harness.kernels.bench import Setting
     from kernels.cpu import library
 
     threads, isas = args.threads or len(os.sched_getaffinity(0)), tuple(args.isa or ())
@@ -140,7 +139,7 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 
 def _device(setting: Setting) -> dict[str, Any]:
-    """What `measure.machine` does not know: threads, or the GPU and its software."""
+    """Return what `measure.machine` does not know: threads, or the GPU and its software."""
     import torch
     import triton
 
@@ -157,17 +156,19 @@ def _device(setting: Setting) -> dict[str, Any]:
 
 def _measure(bench: Bench, setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     """Check everyone, time those that pass in turn, and derive rates and ratios."""
-    from benchmarks.harness.contenders import Contender
+    from benchmarks.harness.kernels.bench import Call
+    from benchmarks.harness.kernels.checks import checked, reason
+    from benchmarks.harness.kernels.samplers import sampler
 
     left_out: dict[str, str] = {}
-    runners = {name: Contender(run, bench.inputs) for name, run in _checked(bench, left_out).items()}
+    calls = {name: Call(run, bench.inputs) for name, run in checked(bench, left_out).items()}
     samplers: dict[str, Callable[[], float]] = {}
-    if any(name in runners for name in bench.ours):
-        for name, contender in {**runners, **bench.limits()}.items():
+    if any(name in calls for name in bench.ours):
+        for name, call in {**calls, **bench.limits()}.items():
             try:
-                samplers[name] = _sampler(contender, setting.device)
+                samplers[name] = sampler(call, setting.device)
             except Exception as e:  # whatever a peer raises, the others are still timed
-                left_out[name] = _reason(e)
+                left_out[name] = reason(e)
     seconds: dict[str, list[float]] = {name: [] for name in samplers}
     start = time.perf_counter()
     for done in range(args.rounds if samplers else 0):
@@ -177,148 +178,4 @@ def _measure(bench: Bench, setting: Setting, args: argparse.Namespace) -> dict[s
             seconds[name].append(sample())
     spreads = {name: measure.spread(values) for name, values in seconds.items()}
     return {"op": bench.op, "case": bench.case, "dtype": bench.dtype, "bytes": bench.moved, "flops": bench.flops,
-            "left_out": left_out, "seconds": spreads, "ours": _figures(bench, spreads, setting.device)}
-
-
-def _checked(bench: Bench, left_out: dict[str, str]) -> dict[str, Run]:
-    """Ours that are right and peers that compute the same; the others go to `left_out` with the reason."""
-    results: dict[str, Any] = {}
-    for name, run in {**bench.peers, **bench.ours}.items():
-        try:
-            result = run(*(t.clone() for t in bench.inputs))
-            results[name] = result[0] if isinstance(result, tuple) else result
-        except Exception as e:  # no kernel for this shape, no compiler, out of memory: each is a reason to say
-            left_out[name] = _reason(e)
-    torch_name, *_ = bench.peers
-    if torch_name not in results:
-        reason = f"not checked, since torch's own op failed: {left_out[torch_name]}"
-        left_out.update(dict.fromkeys(bench.ours, reason))
-        return {}
-    framework = results[torch_name].double()
-    for name in list(results):
-        try:
-            if name in bench.ours:
-                bench.verify(results[name], results[torch_name])
-            elif (error := _relative_rms(results[name].double(), framework)) > PEER_RMS:
-                raise AssertionError(f"differs from {torch_name} by {error:.1%}, expected at most {PEER_RMS:.0%}")
-        except AssertionError as e:
-            left_out[name] = f"wrong: {e}"
-    return {name: run for name, run in {**bench.ours, **bench.peers}.items() if name not in left_out}
-
-
-def _relative_rms(got: Any, expected: Any) -> float:
-    """Infinite for what is not a number."""
-    value = float(((got - expected).square().mean() / expected.square().mean()).sqrt())
-    return value if math.isfinite(value) else math.inf
-
-
-def _figures(bench: Bench, spreads: dict[str, dict[str, float]], device: str) -> dict[str, dict[str, Any]]:
-    """For each of ours: rate, limit and share of it, fastest peer and ratio to it."""
-    if not spreads:
-        return {}
-    limits = {"copy": spreads["copy"]["p20"]}
-    if bench.flops:
-        limits["matmul"] = spreads["matmul"]["p20"] * bench.flops / (2 * measure.MATRIX_SIDE[device] ** 3)
-    bound = max(limits, key=lambda name: limits[name])
-    peers = {name: spreads[name]["median"] for name in bench.peers if name in spreads}
-    figures: dict[str, dict[str, Any]] = {}
-    for name in bench.ours:
-        if name not in spreads:
-            continue
-        median = spreads[name]["median"]
-        figures[name] = {"gb_per_second": bench.moved / median / 1e9, "tflop_per_second": bench.flops / median / 1e12,
-                         "limited_by": bound, "limit_seconds": limits[bound], "share": limits[bound] / median}
-        if peers:
-            fastest = min(peers, key=lambda name: peers[name])
-            figures[name] |= {"fastest_peer": fastest, "ratio": peers[fastest] / median}
-    return figures
-
-
-def _sampler(contender: Contender, device: str) -> Callable[[], float]:
-    return _sampler_on_gpu(contender) if device == "cuda" else _sampler_on_cpu(contender)
-
-
-def _sampler_on_cpu(contender: Contender) -> Callable[[], float]:
-    def seconds(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            contender.run(*contender.inputs)
-        return (time.perf_counter() - start) / calls
-
-    seconds(1)
-    calls = math.ceil(CPU_SAMPLE / seconds(1))
-
-    def sample() -> float:
-        time.sleep(OTHERS_ASLEEP)
-        seconds(calls)
-        return seconds(calls)
-    return sample
-
-
-def _sampler_on_gpu(contender: Contender) -> Callable[[], float]:
-    """Seconds of one call, as the module's docstring says. Filling the cache also hides the launch of the graph."""
-    import torch
-
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    size = sum(t.numel() * t.element_size() for t in contender.inputs)
-    calls = max(1, min(64, math.ceil(3 * cache / size)))
-    sets = [contender.inputs, *(tuple(t.clone() for t in contender.inputs) for _ in range(calls - 1))]
-    other = torch.empty(4 * cache, dtype=torch.uint8, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            contender.run(*sets[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            kept.append(contender.run(*inputs))  # kept, so that every call writes to memory of its own
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def sample() -> float:
-        other.zero_()
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls
-    sample()
-    return sample
-
-
-def _print(results: Sequence[dict[str, Any]], setting: Setting) -> None:
-    """A table for each op and dtype, then what was left out and why."""
-    scale, unit = (1e6, "µs") if setting.device == "cuda" else (1e3, "ms")
-    for op, dtype in dict.fromkeys((r["op"], r["dtype"]) for r in results):
-        group = [r for r in results if (r["op"], r["dtype"]) == (op, dtype)]
-        peers = dict.fromkeys(name for r in group for name in (*r["seconds"], *r["left_out"])
-                              if not name.startswith("latentrt") and name not in ("copy", "matmul"))
-        rows = [_row(result, name, op, list(peers), scale) for result in group for name in result["ours"]]
-        if rows:
-            print(f"\n{op} {dtype}, {unit}\n{measure.table(rows)}")
-    reasons: dict[str, list[str]] = {}
-    for r in results:
-        for name, reason in r["left_out"].items():
-            reasons.setdefault(f"{r['op']} {r['dtype']} {name}: {reason}", []).append(r["case"])
-    for reason, shapes in reasons.items():
-        print(f"left out: {reason} ({', '.join(shapes)})", file=sys.stderr)
-
-
-def _row(result: dict[str, Any], name: str, op: str, peers: list[str], scale: float) -> dict[str, str]:
-    def text(contender: str, key: str = "median") -> str:
-        spread = result["seconds"].get(contender)
-        return f"{spread[key] * scale:.4g}" if spread else "-"
-
-    figures = result["ours"][name]
-    rate = ({"TFLOP/s": f"{figures['tflop_per_second']:.3g}"} if op == "attention" else
-            {"GB/s": f"{figures['gb_per_second']:.4g}"})
-    return {"shape": result["case"], "ours": name, "median": text(name), "p20": text(name, "p20"),
-            "p80": text(name, "p80"), **rate, "limit": f"{figures['limit_seconds'] * scale:.4g}",
-            "by": figures["limited_by"], "share": f"{figures['share']:.0%}", **{peer: text(peer) for peer in peers},
-            "ratio": f"{figures['ratio']:.2f} x" if "ratio" in figures else "-"}
-
-
-def _reason(e: Exception) -> str:
-    lines = str(e).strip().splitlines()
-    return f"{type(e).__name__}: {lines[0][:200] if lines else 'no message'}"
+            "left_out": left_out, "seconds": spreads, "ours": figures.figures(bench, spreads, setting.device)}

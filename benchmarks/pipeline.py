@@ -32,19 +32,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import limits, measure, random_model, turns
-from benchmarks.harness.given import configure_compiler, freeze
-from benchmarks.harness.turns import Contender, Job, Measured, number
+from benchmarks.harness.networks.torch_module import configure_compiler, freeze
+from benchmarks.harness.turns import Contender, Measured, Workload, number
 from engines import Bundle
 from engines.cli.options import positive
 
 STAGES = ("text", "denoise", "decode")
 TEXT = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-"""What diffusers makes of a prompt; the last two in Stable Diffusion XL alone."""
+"""Names of what diffusers makes of a prompt; the last two in Stable Diffusion XL alone."""
 
 
 @dataclass(frozen=True)
-class Drawing(Job):
-    """What is drawn: `batch` pictures of one prompt, picture i from seed + i."""
+class Drawing(Workload):
+    """A workload of `batch` pictures of one prompt, picture i from seed + i."""
 
     prompt: str = ""
     steps: int = 20
@@ -54,7 +54,7 @@ class Drawing(Job):
 
 @dataclass(frozen=True)
 class Drawn:
-    """images: uint8 [batch, height, width, 3]. stages: seconds by name."""
+    """Pictures of one call. images: uint8 [batch, height, width, 3]. stages: seconds by name."""
 
     images: np.ndarray
     stages: Mapping[str, float]
@@ -64,6 +64,7 @@ Draw = Callable[[], Drawn]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     turns.add_arguments(parser, list(CONTENDERS), rounds=3, seconds=60.0, least=1, families=random_model.FAMILIES[:3])
     parser.add_argument("--prompt", default="a photograph of an astronaut riding a horse", metavar="TEXT")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="default %(default)s")
@@ -72,34 +73,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure everyone; return the exit status, 1 where one of latentrt's engines could not be."""
     if not (math.isfinite(args.guidance) and args.guidance > 1):
         raise ValueError(f"--guidance: got {args.guidance:g}, expected a number above 1, such as 7.5")
-    with turns.opened(args) as job:
-        drawing = Drawing(**vars(job), prompt=args.prompt, steps=args.steps, guidance=args.guidance, seed=args.seed)
-        manifest = Bundle.open(job.bundle).manifest
+    with turns.opened(args) as workload:
+        drawing = Drawing(**vars(workload), prompt=args.prompt, steps=args.steps, guidance=args.guidance,
+                          seed=args.seed)
+        manifest = Bundle.open(workload.bundle).manifest
         if "text-to-image" not in manifest.tasks:
-            raise ValueError(f"{job.bundle}: got a model that does {', '.join(manifest.tasks)}, expected one that does "
-                             "text-to-image; `python -m benchmarks unet` measures its UNet")
+            raise ValueError(f"{workload.bundle}: got a model that does {', '.join(manifest.tasks)}, expected one that "
+                             "does text-to-image; `python -m benchmarks unet` measures its UNet")
         report: dict[str, Any] = {
-            "machine": measure.machine(), "model": manifest.family,
-            "size": f"{job.height}x{job.width}", "batch": job.batch, "steps": args.steps, "guidance": args.guidance,
-            "seed": args.seed, "prompt": args.prompt}
+            "machine": measure.machine(), "model": manifest.family, "size": f"{workload.height}x{workload.width}",
+            "batch": workload.batch, "steps": args.steps, "guidance": args.guidance, "seed": args.seed,
+            "prompt": args.prompt}
         status = turns.compare(turns.chosen(args, CONTENDERS, REFERENCE), LIMIT, drawing, args, report,
-                               partial(figures, batch=job.batch), show)
+                               partial(figures, batch=workload.batch), show)
     if args.chart:
-        pictures = f"{job.batch} pictures" if job.batch > 1 else "picture"
+        pictures = f"{workload.batch} pictures" if workload.batch > 1 else "picture"
         turns.draw(args.chart, report, f"Prompt to {pictures}, {args.steps} steps")
     return status
 
 
-def figures(found: Mapping[str, Measured], batch: int) -> dict[str, Any]:
-    """Results by contender: stages, pictures/s, share of the floor, speed and difference against REFERENCE."""
-    floors = turns.limits_of(found).get("floor_seconds", {})
-    reference = found[REFERENCE]
-    results = {name: own.figures() for name, own in found.items() if name != turns.LIMITS}
+def figures(measured: Mapping[str, Measured], batch: int) -> dict[str, Any]:
+    """Return results by contender: stages, pictures/s, share of the floor, speed and difference against REFERENCE."""
+    floors = turns.limits_of(measured).get("floor_seconds", {})
+    reference = measured[REFERENCE]
+    results = {name: m.figures() for name, m in measured.items() if name != turns.LIMITS}
     for name, result in results.items():
         if "median" in result:
-            median, drawn = result["median"], found[name].results
+            median, drawn = result["median"], measured[name].results
             result |= {"stages": {s: float(np.median([d.stages[s] for d in drawn])) for s in STAGES},
                        "images_per_second": batch / median, "share_of_floor": floors[name[-4:]] / median}
             if reference.seconds:
@@ -109,7 +112,7 @@ def figures(found: Mapping[str, Measured], batch: int) -> dict[str, Any]:
 
 
 def difference(got: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
-    """max_difference of uint8 pictures (of 255) and psnr in decibels, None where they are equal."""
+    """Return max_difference of uint8 pictures (of 255) and psnr in decibels, None where they are equal."""
     error = got.astype(np.float64) - expected
     mean = float(np.mean(error**2))
     return {"max_difference": int(np.abs(error).max()), "psnr": 10 * math.log10(255**2 / mean) if mean else None}
@@ -122,40 +125,41 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def ours(backend: str, dtype: str) -> Contender:
-    """The runtime with our engines of one backend and precision."""
+    """Return the contender that is the runtime with latentrt's engines of one backend and precision."""
     return Contender(partial(_ours, backend, dtype), keeps=True, backend=backend, dtype=dtype)
 
 
-def _ours(backend: str, dtype: str, job: Drawing) -> Draw:
-    from engines.store.store import build_all
+def _ours(backend: str, dtype: str, drawing: Drawing) -> Draw:
+    from engines.store import build_all
     from runtime import Pipeline, Request
 
-    size = (job.height, job.width)
-    if job.fresh:
-        bundle = Bundle.open(job.bundle)
+    size = (drawing.height, drawing.width)
+    if drawing.fresh:
+        bundle = Bundle.open(drawing.bundle)
         used = [name for name in bundle.manifest.components if name != "vae_encoder"]
-        build_all(bundle, backend, sizes=[size], batches=[job.batch], dtype=dtype, components=used, rebuild=True)
-    pipe = Pipeline.load(job.bundle, backend, dtype=dtype, size=size, batch=job.batch, progress=False)
+        build_all(bundle, backend, sizes=[size], batches=[drawing.batch], dtype=dtype, components=used, rebuild=True)
+    pipe = Pipeline.load(drawing.bundle, backend, dtype=dtype, size=size, batch=drawing.batch, progress=False)
 
     def draw(steps: int) -> Drawn:
-        result = pipe(Request(job.prompt, steps=steps, guidance=job.guidance, seed=job.seed, count=job.batch))
+        result = pipe(Request(drawing.prompt, steps=steps, guidance=drawing.guidance, seed=drawing.seed,
+                              count=drawing.batch))
         return Drawn(np.stack([np.asarray(image) for image in result.images]),
                      {stage: result.timings[stage] for stage in STAGES})
-    return _warm(draw, job)
+    return _warm(draw, drawing)
 
 
-def _diffusers(dtype: str, job: Drawing) -> Draw:
-    return _torch(dtype, job, compiled=False)
+def _diffusers(dtype: str, drawing: Drawing) -> Draw:
+    return _torch(dtype, drawing, compiled=False)
 
 
-def _compiled(dtype: str, job: Drawing) -> Draw:
-    """UNet and VAE decoder through torch.compile, as its documentation does, frozen."""
-    configure_compiler(job)
+def _compiled(dtype: str, drawing: Drawing) -> Draw:
+    """torch.compile compiles UNet and VAE decoder as its documentation does, frozen."""
+    configure_compiler(drawing)
     freeze()
-    return _torch(dtype, job, compiled=True)
+    return _torch(dtype, drawing, compiled=True)
 
 
-def _torch(dtype: str, job: Drawing, compiled: bool) -> Draw:
+def _torch(dtype: str, drawing: Drawing, compiled: bool) -> Draw:
     import torch
     import transformers
 
@@ -165,9 +169,9 @@ def _torch(dtype: str, job: Drawing, compiled: bool) -> Draw:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    xl = Bundle.open(job.bundle).manifest.condition("sizes") is not None
+    xl = Bundle.open(drawing.bundle).manifest.condition("sizes") is not None
     kind, options = (StableDiffusionXLPipeline, {}) if xl else (StableDiffusionPipeline, {"safety_checker": None})
-    pipe = kind.from_pretrained(job.checkpoint, local_files_only=True, dtype=getattr(torch, limits.DTYPES[dtype]),
+    pipe = kind.from_pretrained(drawing.checkpoint, local_files_only=True, dtype=getattr(torch, limits.DTYPES[dtype]),
                                 **options)
     pipe.set_progress_bar_config(disable=True)
     if dtype != "fp32":
@@ -180,39 +184,41 @@ def _torch(dtype: str, job: Drawing, compiled: bool) -> Draw:
     @torch.inference_mode()
     def draw(steps: int) -> Drawn:
         times = [time.perf_counter()]
-        text = pipe.encode_prompt(job.prompt, device="cpu", num_images_per_prompt=job.batch,
+        text = pipe.encode_prompt(drawing.prompt, device="cpu", num_images_per_prompt=drawing.batch,
                                   do_classifier_free_guidance=True)
         times.append(time.perf_counter())
-        latents = pipe(**dict(zip(TEXT, text, strict=False)), height=job.height, width=job.width,
-                       num_inference_steps=steps, guidance_scale=job.guidance, output_type="latent",
-                       generator=[torch.Generator("cpu").manual_seed(job.seed + i) for i in range(job.batch)]).images
+        generators = [torch.Generator("cpu").manual_seed(drawing.seed + i) for i in range(drawing.batch)]
+        latents = pipe(**dict(zip(TEXT, text, strict=False)), height=drawing.height, width=drawing.width,
+                       num_inference_steps=steps, guidance_scale=drawing.guidance, output_type="latent",
+                       generator=generators).images
         times.append(time.perf_counter())
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
         images = pipe.image_processor.postprocess(decoded, output_type="pil")
         times.append(time.perf_counter())
         return Drawn(np.stack([np.asarray(image) for image in images]),
                      dict(zip(STAGES, np.diff(times).tolist(), strict=True)))
-    return _warm(draw, job)
+    return _warm(draw, drawing)
 
 
-def _limits(job: Drawing) -> Callable[[], dict[str, float]]:
+def _limits(drawing: Drawing) -> Callable[[], dict[str, float]]:
     import diffusers
 
-    bundle = Bundle.open(job.bundle)
+    bundle = Bundle.open(drawing.bundle)
     factor, tokens = bundle.manifest.latent.factor, bundle.manifest.text[0].max_length
-    height, width = job.height // factor, job.width // factor
-    config = json.loads((job.checkpoint / "scheduler" / "scheduler_config.json").read_text(encoding="utf8"))
+    height, width = drawing.height // factor, drawing.width // factor
+    config = json.loads((drawing.checkpoint / "scheduler" / "scheduler_config.json").read_text(encoding="utf8"))
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    scheduler.set_timesteps(job.steps)
-    flops = (limits.text_encoder_flops(job.checkpoint, 2, tokens)
-             + len(scheduler.timesteps) * limits.unet_flops(job.checkpoint, 2 * job.batch, height, width, tokens)
-             + limits.vae_decoder_flops(job.checkpoint, job.batch, height, width))
+    scheduler.set_timesteps(drawing.steps)
+    flops = (limits.text_encoder_flops(drawing.checkpoint, 2, tokens)
+             + len(scheduler.timesteps) * limits.unet_flops(drawing.checkpoint, 2 * drawing.batch, height, width,
+                                                            tokens)
+             + limits.vae_decoder_flops(drawing.checkpoint, drawing.batch, height, width))
     return lambda: limits.sample(flops)
 
 
-def _warm(draw: Callable[[int], Drawn], job: Drawing) -> Draw:
+def _warm(draw: Callable[[int], Drawn], drawing: Drawing) -> Draw:
     draw(1)
-    return partial(draw, job.steps)
+    return partial(draw, drawing.steps)
 
 
 def _row(name: str, r: Mapping[str, Any]) -> dict[str, str]:
@@ -235,4 +241,5 @@ CONTENDERS = {
     "latentrt-openvino-fp32": ours("openvino", "fp32"),
     "latentrt-onnxruntime-fp32": ours("onnxruntime", "fp32"),
 }
-"""Those that hold the weights in 16 bits first: memory holds more of them together. A name ends in its precision."""
+"""Name → contender. Those with weights in 16 bits come first: memory holds more of them together. A name ends in its
+precision."""

@@ -22,7 +22,8 @@ from benchmarks.harness import measure
 from engines.check.verify import difference
 from engines.cli.options import positive, setting
 from models.world.adherence import Verdict, check
-from models.world.scenes import Scene, held_out
+from models.world.layouts import held_out
+from models.world.scenes import Scene
 from runtime import Pipeline, Request
 from runtime.pictures.save import grid
 
@@ -32,9 +33,9 @@ MAY_LOSE = 1.0
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one engine drew: a picture and its verdict for every scene, and milliseconds a picture.
+    """One engine's pictures, with a verdict for each, and the milliseconds that a picture took.
 
-    options: of the engine's config.
+    options: those of the engine's config.
     """
 
     backend: str
@@ -49,6 +50,7 @@ class Drawn:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("bundle", help="bundle of models/shapes")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Draw and judge; return the exit status, 1 where the engine is further behind --against than MAY_LOSE."""
     scenes = held_out(args.captions)
     drawn = _draw(args, scenes, args.backend, args.dtype, tuple(args.option))
     print(_text(args, scenes, drawn))
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def paired(drawn: Drawn, reference: Drawn) -> dict[str, Any]:
-    """Two engines on the same captions and seeds.
+    """Compare two engines on the same captions and seeds.
 
     points: how many more of a hundred the first drew right. gained, lost: captions (by seed) that only the first drew
     right, or only the second. p: how likely flips this uneven, or more, are between engines that are equally good
@@ -127,12 +130,12 @@ def _text(args: argparse.Namespace, scenes: Sequence[Scene], drawn: Drawn) -> st
                       *(f"  {count:3d} x {problem}" for problem, count in problems)])
 
 
-def _paired_text(drawn: Drawn, reference: Drawn, found: dict[str, Any]) -> str:
-    psnr = found["psnr"]
+def _paired_text(drawn: Drawn, reference: Drawn, pairs: dict[str, Any]) -> str:
+    psnr = pairs["psnr"]
     near = f"PSNR at least {psnr['least']:.1f} dB, median {psnr['median']:.1f}" if psnr else "the same pictures"
-    return (f"{drawn} against {reference}: {found['points']:+.1f} points; {len(found['gained'])} captions right only "
-            f"with {drawn}, {len(found['lost'])} only with {reference} (p = {found['p']:.2g}); {near}: "
-            + ("more than a point behind" if found["points"] < -MAY_LOSE else "not more than a point behind"))
+    return (f"{drawn} against {reference}: {pairs['points']:+.1f} points; {len(pairs['gained'])} captions right only "
+            f"with {drawn}, {len(pairs['lost'])} only with {reference} (p = {pairs['p']:.2g}); {near}: "
+            + ("more than a point behind" if pairs["points"] < -MAY_LOSE else "not more than a point behind"))
 
 
 def _wrong(scenes: Sequence[Scene], drawn: Drawn) -> list[dict[str, Any]]:
@@ -141,7 +144,10 @@ def _wrong(scenes: Sequence[Scene], drawn: Drawn) -> list[dict[str, Any]]:
 
 
 def shares(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """Captions, right pictures and their share: all, with seen shape-colour pairs only, with an unseen one; by size."""
+    """Return a row a group of captions: how many were asked for, how many pictures are right, and their share.
+
+    The groups are all, those with seen shape-colour pairs only, those with an unseen one, and by number of objects.
+    """
     groups = {"all": [True] * len(scenes), "seen pairs": [not s.unseen for s in scenes],
               "an unseen pair": [s.unseen for s in scenes]}
     groups |= {f"{n} object{'s' * (n > 1)}": [len(s.objects) == n for s in scenes] for n in (1, 2, 3)}

@@ -14,8 +14,8 @@ must be is in tests/: ONNX Runtime's pictures are those of diffusers, to 1e-3 of
 How to read it: `built`: TensorRT-RTX compiled each engine that the task runs for an sm_89 GPU, and this machine has
 none to run them; `needs a GPU`: not even that, as engines whose weights change are built where they run. `failed`: what
 happened is said below the table. `missing`: this machine lacks what the engine needs.
-A figure over twice what one call of an engine may be off (engines.check.verify.TOLERANCE) counts as failed, as errors of
-steps add up. The exit status is 1 where anything failed. With random weights figures say little of pictures: no
+A figure over twice what one call of an engine may be off (engines.check.verify.TOLERANCE) counts as failed, as errors
+of steps add up. The exit status is 1 where anything failed. With random weights figures say little of pictures: no
 training has made the model forgive rounding, and guidance enlarges it.
 """
 
@@ -26,7 +26,6 @@ import dataclasses
 import gc
 import logging
 import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,12 +44,12 @@ from engines.check import verify
 from runtime import Pipeline, Request
 
 MAY_GROW = 2
-"""Times the tolerance of one call that the latents of the last step may be off."""
+"""How many times the tolerance of one call the latents of the last step may be off."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """An engine of the table. device: one that is not here is built for, and not run."""
+    """An engine of the table. device: where it is not here, engines are built for it and not run."""
 
     backend: str
     dtype: str
@@ -58,15 +57,16 @@ class Column:
 
     @property
     def missing(self) -> str | None:
-        """Why there is no such engine on this machine."""
-        module = engines.backend(self.backend)
-        if reason := module.available():
-            return str(reason)
-        runs = self.device != "cpu" or self.dtype in module.dtypes()
-        return None if runs else f"{self.backend} computes in {', '.join(module.dtypes())} here"
+        """The reason why there is no such engine on this machine, None where there is."""
+        backend = engines.backend(self.backend)
+        if reason := backend.available():
+            return reason
+        runs = self.device != "cpu" or self.dtype in backend.dtypes()
+        return None if runs else f"{self.backend} computes in {', '.join(backend.dtypes())} here"
 
 
 REFERENCE = "onnxruntime-fp32"
+"""Column whose latents the others are compared with."""
 COLUMNS = {
     REFERENCE: Column("onnxruntime", "fp32"),
     "openvino-fp32": Column("openvino", "fp32"), "openvino-bf16": Column("openvino", "bf16"),
@@ -76,6 +76,7 @@ COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="TASK",
                         help="some of the tasks; --list names them")
     parser.add_argument("--engines", nargs="+", choices=list(COLUMNS), metavar="NAME",
@@ -88,16 +89,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Draw every task on every engine; return the exit status, 1 where anything failed."""
     if args.list:
         print("\n".join(case.name for case in CASES))
         return 0
     logging.getLogger("engines").setLevel(logging.ERROR)  # what cannot run here says so in the table
     cases = [case for case in CASES if case.name in (args.only or {case.name})]
-    columns = {name: one for name, one in COLUMNS.items() if name in {REFERENCE, *(args.engines or COLUMNS)}}
+    columns = {name: column for name, column in COLUMNS.items() if name in {REFERENCE, *(args.engines or COLUMNS)}}
     report: dict[str, Any] = {
-        "machine": measure.machine(), "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "machine": measure.machine(), "command": shlex.join(["python", "-m", "benchmarks", *args.words]),
         "size": "x".join(map(str, SIZE)), "steps": STEPS, "reference": REFERENCE,
-        "missing": {name: why for name, one in columns.items() if (why := one.missing)}, "tasks": {}}
+        "missing": {name: why for name, column in columns.items() if (why := column.missing)}, "tasks": {}}
     with _directory(args.keep) as directory, tqdm(total=len(cases) * len(columns), disable=None) as bar:
         known = models(directory)
         built: dict[tuple[str, str], str | None] = {}
@@ -105,15 +107,14 @@ def run(args: argparse.Namespace) -> int:
             for case in sorted(cases, key=lambda case: list(known).index(case.model)):  # models made one after another
                 bar.set_description(f"making {case.model}")
                 model = known[case.model]
-                found: dict[str, Any] = {"model": case.model, "engines": {}}
-                report["tasks"][case.name] = found
+                cells: dict[str, Any] = {}
+                report["tasks"][case.name] = {"model": case.model, "engines": cells}
                 request, truth = case.request(model), None
                 for name, column in columns.items():
                     bar.set_description(f"{case.name}: {name}")
                     if name not in report["missing"]:
-                        one, drawn = _measured(case, model, request, column, truth, built)
-                        found["engines"][name] = one
-                        truth = drawn if name == REFERENCE else truth
+                        cells[name], latents = _measured(case, model, request, column, truth, built)
+                        truth = latents if name == REFERENCE else truth
                     bar.update()
                     if args.json:
                         measure.write_json(args.json, report)
@@ -122,35 +123,38 @@ def run(args: argparse.Namespace) -> int:
             print(markdown(report, list(columns)))
     if args.json:
         measure.write_json(args.json, report)
-    failures = [f"{task}: {name}: {one['error']}" for task, found in report["tasks"].items()
-                for name, one in found["engines"].items() if one["error"]]
+    failures = [f"{task}: {name}: {cell['error']}" for task, row in report["tasks"].items()
+                for name, cell in row["engines"].items() if cell["error"]]
     print("", *failures, *(f"missing: {name}: {why}" for name, why in report["missing"].items()), sep="\n")
     return int(bool(failures))
 
 
 def markdown(report: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """The table that README shows."""
+    """Return the table that README shows."""
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    for task, found in report["tasks"].items():
-        lines.append([task, *(_cell(name, found["engines"].get(name), report) for name in columns)])
+    for task, row in report["tasks"].items():
+        lines.append([task, *(_text(name, row["engines"].get(name), report) for name in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(name: str, one: Mapping[str, Any] | None, report: Mapping[str, Any]) -> str:
-    if one is None:
+def _text(name: str, cell: Mapping[str, Any] | None, report: Mapping[str, Any]) -> str:
+    if cell is None:
         return "missing" if name in report["missing"] else ""
-    if one["error"]:
+    if cell["error"]:
         return "failed"
-    if "needs" in one:
+    if "needs" in cell:
         return "needs a GPU"
-    if "built" in one:
+    if "built" in cell:
         return "built"
-    return "reference" if name == report["reference"] else f"{one['rel_rms']:.1e}"
+    return "reference" if name == report["reference"] else f"{cell['rel_rms']:.1e}"
 
 
 def _measured(case: Case, model: Model, request: Request, column: Column, truth: np.ndarray | None,
               built: dict[tuple[str, str], str | None]) -> tuple[dict[str, Any], np.ndarray | None]:
-    """A cell, and the latents. built: error, or None, of each engine that was built for a GPU elsewhere."""
+    """Return a cell of the table, and the latents.
+
+    built: (model, component) → error or None, for engines that were built for a GPU elsewhere.
+    """
     if column.device != "cpu":
         return _built(case, model, column, built), None
     try:
@@ -165,14 +169,14 @@ def _measured(case: Case, model: Model, request: Request, column: Column, truth:
         return {"error": "its latents have NaN or Inf"}, None
     if truth is None:
         return {"error": None}, latents
-    found = verify.difference(latents, truth)
+    off = verify.difference(latents, truth)
     most = MAY_GROW * verify.TOLERANCE[column.dtype]
-    error = None if found.rel_rms <= most else f"got {found.rel_rms:.1e} (relative RMS), expected at most {most:.0e}"
-    return {"rel_rms": found.rel_rms, "max_abs": found.max_abs, "error": error}, latents
+    error = None if off.rel_rms <= most else f"got {off.rel_rms:.1e} (relative RMS), expected at most {most:.0e}"
+    return {"rel_rms": off.rel_rms, "max_abs": off.max_abs, "error": error}, latents
 
 
 def _built(case: Case, model: Model, column: Column, built: dict[tuple[str, str], str | None]) -> dict[str, Any]:
-    """Every engine that the task runs, for a GPU that is not here."""
+    """Build every engine that the task runs, for a GPU that is not here; return the cell of the table."""
     if case.refits:  # tests/engines/tensorrt/test_backend.py shows that it is refused
         return {"error": None, "needs": "the GPU while it is built: option refit=true"}
     names, errors = _components(case, model, column), {}
@@ -192,7 +196,7 @@ def _built(case: Case, model: Model, column: Column, built: dict[tuple[str, str]
 
 
 def _components(case: Case, model: Model, column: Column) -> list[str]:
-    """What the pipeline runs of the bundle for this task."""
+    """Return the names of the components that the pipeline runs for this task."""
     if case.video:
         unet = "unet_frames_body" if store.in_parts(model.bundle, column.backend) else "unet_frames"
         plain = _components(dataclasses.replace(case, video=False), model, column)

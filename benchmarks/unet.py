@@ -31,21 +31,23 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.harness import components
+from benchmarks.harness.networks import component
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    components.add_arguments(parser)
+    """Add the options of this command."""
+    component.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure the UNet; return the exit status, 1 where one of latentrt's engines could not be."""
     techniques = WATERFALL if args.device == "cpu" else gpu_waterfall(args.dtype or "fp16")
-    return components.run(args, "unet", "One UNet step with guidance", techniques)
+    return component.run(args, "unet", "One UNet step with guidance", techniques)
 
 
 def gpu_waterfall(dtype: str) -> tuple[tuple[str, str], ...]:
-    """The techniques of a GPU, for one 16-bit precision."""
-    return (("diffusers, fp32", components.REFERENCE), (f"{dtype}, channels last", f"diffusers-{dtype}"),
+    """Return the waterfall of a GPU for one 16-bit precision, in the form of WATERFALL."""
+    return (("diffusers, fp32", component.REFERENCE), (f"{dtype}, channels last", f"diffusers-{dtype}"),
             ("compiled, our kernels", f"latentrt-inductor-eager-{dtype}"),
             ("CUDA graph", f"latentrt-inductor-{dtype}"))
 
@@ -59,4 +61,4 @@ WATERFALL = (
     ("our group norm + SiLU, channels last", "latentrt-openvino-whole-bf16"),
     ("what text and time decide, before the steps", "latentrt-openvino-bf16"),
 )
-"""Technique, and the contender that has it and all before it."""
+"""(technique, contender that has it and all before it) on a CPU."""

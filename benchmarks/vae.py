@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.harness import components
+from benchmarks.harness.networks import component
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    components.add_arguments(parser)
+    """Add the options of this command."""
+    component.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure the decoder; return the exit status, 1 where one of latentrt's engines could not be."""
     pictures = f"{args.batch} pictures" if args.batch > 1 else "a picture"
-    return components.run(args, "vae_decoder", f"Decoding {pictures}")
+    return component.run(args, "vae_decoder", f"Decoding {pictures}")

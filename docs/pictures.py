@@ -19,9 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from export import export
 from export.attach import attach
-from models.world import placed, scenes
+from models.world import drawing, placed, scenes
 from models.world.adherence import check
-from models.world.scenes import Layout, Object, Scene, parse
+from models.world.captions import parse
+from models.world.layouts import held_out
+from models.world.scenes import Layout, Object, Scene
 from models.world.steering import in_place, in_style
 from runtime import Control, Lora, Pipeline, Request
 from runtime.pictures.save import save
@@ -60,7 +62,7 @@ def right(image: Image.Image, told: str) -> bool:
 
 
 def image_to_image(pipe: Pipeline) -> list[Row]:
-    """The least strength shows the picture, hardly changed, so only those from 0.2 on are judged."""
+    """Draw by strength. The least ones show the picture, hardly changed, so only those from 0.2 on are judged."""
     strengths = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
     start, = draw(pipe, [ask("a large red star to the left of a small blue square on a white background", 0)])
     rows = []
@@ -110,7 +112,7 @@ def control(pipe: Pipeline) -> list[Row]:
         layouts = [Layout(Scene(tuple(map(Object, shapes, colours, sizes)), (None,) * (len(shapes) - 1), ground),
                           tuple(scenes.RADII[size] for size in sizes), centres)
                    for colours, ground in zip(COLOURS, GROUNDS, strict=True)]
-        hint = Image.fromarray(placed.edges(scenes.draw(layouts[:1]))[0]).convert("RGB")
+        hint = Image.fromarray(placed.edges(drawing.draw(layouts[:1]))[0]).convert("RGB")
         told = [f"{listed(v.scene)} on a {v.scene.background} background" for v in layouts]
         images = draw(pipe, [ask(text, seed, control=(Control("edges", hint),)) for seed, text in enumerate(told)])
         rows.append(Row(f'"{told[0]}" and in other colours   --control edges=HINT', [Cell(hint, "hint"), *(
@@ -120,7 +122,7 @@ def control(pipe: Pipeline) -> list[Row]:
 
 
 def video(pipe: Pipeline) -> list[Row]:
-    """A star that goes right and a circle that goes left, drawn anew with their edges as hints."""
+    """Draw a star that goes right and a circle that goes left anew, with their edges as hints."""
     shapes, sizes = ("star", "circle"), ("large", "small")
 
     def moving(colours: Sequence[str], ground: str) -> list[Layout]:
@@ -128,7 +130,7 @@ def video(pipe: Pipeline) -> list[Row]:
         return [Layout(Scene(objects, (None,), ground), tuple(scenes.RADII[size] for size in sizes),
                        ((16.0 + 4 * n, 44.0), (44.0 - 4 * n, 16.0))) for n in range(7)]
 
-    frames = [Image.fromarray(frame) for frame in scenes.draw(moving(COLOURS[0][:2], GROUNDS[0]))]
+    frames = [Image.fromarray(frame) for frame in drawing.draw(moving(COLOURS[0][:2], GROUNDS[0]))]
     wanted = moving(COLOURS[1][:2], "navy")
     told = f"{listed(wanted[0].scene)} on a navy background"
     request = ask(told, 0, frames=frames, strength=0.9, control=(Control("edges", frames, preprocessor="canny"),))
@@ -139,13 +141,13 @@ def video(pipe: Pipeline) -> list[Row]:
 
 
 def listed(scene: Scene) -> str:
-    """Its objects by colour and shape: "a red star, an orange cross and a blue circle"."""
+    """Return a scene's objects by colour and shape: "a red star, an orange cross and a blue circle"."""
     names = [f"{'an' if o.colour[0] in 'aeiou' else 'a'} {o.colour} {o.shape}" for o in scene.objects]
     return ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def lora(pipe: Pipeline) -> list[Row]:
-    told = scenes.held_out(7, seed=2)
+    told = held_out(7, seed=2)
     rows = []
     for scale in (0.0, 1.0):
         images = draw(pipe, [ask(scene.caption, seed, loras=(Lora(str(LORA), scale),) if scale else ())
@@ -157,33 +159,33 @@ def lora(pipe: Pipeline) -> list[Row]:
 
 
 def judged(image: np.ndarray, scene: Scene, styled: bool) -> bool:
-    """Without the LoRA whether all is right; with it whether all but colours is, in its style."""
+    """Return whether a picture is right: without the LoRA in all, with it in all but colours, and in its style."""
     return in_style(image) and check(image, scene, colours=False).ok if styled else check(image, scene).ok
 
 
 def figure(sections: Sequence[tuple[str, Sequence[Row]]]) -> Image.Image:
-    """All rows below each other, enlarged without smoothing."""
-    cell = scenes.IMAGE_SIZE * SCALE
-    rows = [row for _, found in sections for row in found]
+    """Return one picture of all rows below each other, enlarged without smoothing."""
+    side = scenes.IMAGE_SIZE * SCALE
+    rows = [row for _, of_section in sections for row in of_section]
     across = max(len(row.cells) for row in rows)
-    labels = [LABEL * any(one.label for one in row.cells) for row in rows]
-    height = len(sections) * TITLE + sum(TITLE - 8 + cell + label + GAP for label in labels)
-    sheet = Image.new("RGB", (across * (cell + GAP) + GAP, height + GAP), "white")
+    labels = [LABEL * any(cell.label for cell in row.cells) for row in rows]
+    height = len(sections) * TITLE + sum(TITLE - 8 + side + label + GAP for label in labels)
+    sheet = Image.new("RGB", (across * (side + GAP) + GAP, height + GAP), "white")
     pen, y = ImageDraw.Draw(sheet), GAP
-    for name, found in sections:
+    for name, of_section in sections:
         pen.text((GAP, y + 4), name, INK, ImageFont.load_default(18))
         y += TITLE
-        for row in found:
+        for row in of_section:
             pen.text((GAP, y + 2), row.title, INK, ImageFont.load_default(13))
             y += TITLE - 8
-            for n, one in enumerate(row.cells):
-                x = GAP + n * (cell + GAP)
-                sheet.paste(one.image.resize((cell, cell), Image.Resampling.NEAREST), (x, y))
-                pen.rectangle((x - 1, y - 1, x + cell, y + cell), outline=(200, 200, 200))
-                if one.right is False:
-                    pen.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), outline=WRONG, width=3)
-                pen.text((x + cell / 2, y + cell + 2), one.label, INK, ImageFont.load_default(11), anchor="ma")
-            y += cell + LABEL * any(one.label for one in row.cells) + GAP
+            for n, cell in enumerate(row.cells):
+                x = GAP + n * (side + GAP)
+                sheet.paste(cell.image.resize((side, side), Image.Resampling.NEAREST), (x, y))
+                pen.rectangle((x - 1, y - 1, x + side, y + side), outline=(200, 200, 200))
+                if cell.right is False:
+                    pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline=WRONG, width=3)
+                pen.text((x + side / 2, y + side + 2), cell.label, INK, ImageFont.load_default(11), anchor="ma")
+            y += side + LABEL * any(cell.label for cell in row.cells) + GAP
     return sheet
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import engines
 from engines import store
 from engines.bundle import Bundle
-from engines.check import trajectory, verify
-from engines.check.trajectory import Trajectory
+from engines.check import verify
 from engines.cli import tables as show
 from engines.cli.inspect import bundle_text, describe, engine_table, engine_text, look_inside, read
 from engines.cli.interrupt import interruptible
@@ -35,13 +34,12 @@ EXAMPLES = """examples:
   python -m engines inspect sd15.bundle --engine unet-openvino --profile
                                                                 kernels and what is slow in these engines
   python -m engines verify sd15.bundle                          hash every file, compare every engine again
-  python -m engines verify sd15.bundle --trajectory             and over a whole denoising
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m engines") -> int:
     """Run one command; returns the exit status: 0, 1 where `verify` found something, 2 for an error, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    options = parser(prog).parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         with interruptible():
@@ -131,14 +129,11 @@ def _verify(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     paths = [path for path in _named(options, bundle) if options.backend in (None, store.backend_of(path))]
     found = [_verify_files(bundle), *(_verify_engine(bundle, path) for path in paths)]
-    trajectories = _trajectories(options, bundle, paths, found) if options.trajectory else []
     if options.json:
-        print(json.dumps({"checks": found, "trajectories": [t.to_json() for t in trajectories]}, indent=1))
+        print(json.dumps({"checks": found}, indent=1))
     else:
         print(_check_table(found))
-        if options.trajectory:
-            print("", _trajectory_text(trajectories, options), sep="\n")
-    return 1 if any(f["error"] for f in found) or any(t.fault for t in trajectories) else 0
+    return 1 if any(f["error"] for f in found) else 0
 
 
 def _verify_files(bundle: Bundle) -> dict[str, Any]:
@@ -193,30 +188,6 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _trajectories(options: argparse.Namespace, bundle: Bundle, paths: list[Path],
-                  found: list[dict[str, Any]]) -> list[Trajectory]:
-    """Of the UNet engines that have just been checked and can run; the reference is not compared with itself."""
-    fine = {one["name"] for one in found if one["outputs"]}
-    records = {path: read(bundle, path) for path in paths if path.name in fine}
-    own = {path: record for path, record in records.items() if record.component in (trajectory.UNET, trajectory.BODY)}
-    return trajectory.compare(bundle, own, steps=options.steps, guidance=options.guidance) if own else []
-
-
-def _trajectory_text(found: list[Trajectory], options: argparse.Namespace) -> str:
-    head = (f"{options.steps} steps of DDIM, guidance {options.guidance:g}, from the same latents; "
-            f"reference: {verify.REFERENCE}")
-    if not found:
-        return (f"{head}\nno engine of the UNet to compare; build one with: "
-                f"python -m engines build {options.bundle} --component {trajectory.UNET}")
-    ends = show.table(["engine", "rows and pixels", "picture PSNR dB", "picture max", "latents rel. RMS", "result"],
-                      [[t.engine, store.rows(t.config), f"{t.picture.psnr:.1f}", f"{t.picture.max_abs:.1e}",
-                        f"{t.latents[-1].rel_rms:.1e}", t.fault or "ok"] for t in found])
-    steps = show.table(["step", *(t.engine for t in found)],
-                       [[n + 1, *(f"{t.latents[n].psnr:.1f} dB, {t.latents[n].rel_rms:.1e}" for t in found)]
-                        for n in range(options.steps)])
-    return f"{head}\n{ends}\n\nlatents after each step: PSNR, relative RMS\n{steps}"
-
-
 def _backend(name: str) -> dict[str, str | None]:
     module = engines.backend(name)
     if missing := module.available():
@@ -232,13 +203,14 @@ def _option(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m engines", description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(prog: str = "python -m engines") -> argparse.ArgumentParser:
+    """Return the parser of the command line. prog: what it calls itself."""
+    outer = argparse.ArgumentParser(prog=prog, description=__doc__, epilog=EXAMPLES,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="print JSON instead of a table")
     shared.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
-    commands = parser.add_subparsers(required=True, metavar="{list,build,inspect,verify}")
+    commands = outer.add_subparsers(required=True, metavar="{list,build,inspect,verify}")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=[shared], help=text, description=text)
@@ -286,11 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", help="bundle directory")
     sub.add_argument("--backend", choices=list(engines.BACKENDS), help="only engines of this backend")
     sub.add_argument("--engine", metavar="NAME", help="only engines whose names begin so")
-    sub.add_argument("--trajectory", action="store_true",
-                     help="also denoise from the same latents with every engine of the UNet and with the reference")
-    sub.add_argument("--steps", type=positive, default=trajectory.STEPS, metavar="N", help="default %(default)s")
-    sub.add_argument("--guidance", type=float, default=trajectory.GUIDANCE, metavar="G", help="default %(default)s")
-    return parser
+    return outer
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 
 import engines
 from engines import store
@@ -20,9 +21,9 @@ from export.options import impossible, make_parser
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m export") -> int:
     """Run the command line; returns the exit status: 0, 2 for what the user can put right, 130 for Ctrl-C."""
-    parser = make_parser()
+    parser = make_parser(prog)
     options = parser.parse_args(arguments)
     if wrong := impossible(options):
         parser.error(wrong)

@@ -30,10 +30,10 @@ Everything is read from disk; nothing is downloaded. Next: python -m runtime BUN
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def make_parser(prog: str = "python -m export") -> argparse.ArgumentParser:
+    """Return the parser of the command line. prog: what it calls itself."""
     parser = argparse.ArgumentParser(
-        prog="python -m export", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Turn a Stable Diffusion 1.x, 2.x or XL checkpoint into a bundle, or add a ControlNet or a VAE.")
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a diffusers folder, or a .safetensors or .ckpt file")
     to = parser.add_mutually_exclusive_group(required=True)

@@ -1,1 +1,1 @@
-"""The small text-to-image model that ships with the project, and the script that trained it."""
+"""The small text-to-image model that ships with the project, its world, and the scripts that trained it."""

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints with the layout of real ones, for tests.
+"""Tiny random checkpoints with the layout of real ones, for tests and benchmarks.
 
 Each builder saves a diffusers folder at `path` and returns `path`. The same call gives the same weights.
 """
@@ -48,9 +48,10 @@ MERGES = [("t", "h"), ("th", "e</w>"), ("a", "n"), ("an", "d</w>"), ("r", "e"), 
 
 
 def sd1(path: str | Path, seed: int = 0, levels: int = 4, vae_levels: int = 4) -> Path:
-    """Stable Diffusion 1.x in small: conv projections, 8 heads at every level, epsilon, PNDM as SD 1.5 ships it.
+    """Save Stable Diffusion 1.x in small: conv projections, 8 heads at every level, epsilon, PNDM as SD 1.5 ships it.
 
-    levels: of the UNet. Pictures are multiples of 2^(vae_levels − 1) · 2^(levels − 1) pixels.
+    levels, vae_levels: those of the UNet and of the VAE; pictures are multiples of 2^(vae_levels − 1) · 2^(levels − 1)
+    pixels.
     """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -63,17 +64,17 @@ def sd1(path: str | Path, seed: int = 0, levels: int = 4, vae_levels: int = 4) -
 
 
 def sd1_two_levels(path: str | Path) -> Path:
-    """`sd1` with a UNet of two levels, which is exported in two thirds of the time."""
+    """Save `sd1` with a UNet of two levels, which is exported in two thirds of the time."""
     return sd1(path, levels=2)
 
 
 def sd1_one_level(path: str | Path) -> Path:
-    """`sd1` with a UNet and a VAE of one level each, for those who compile all of it."""
+    """Save `sd1` with a UNet and a VAE of one level each, for those who compile all of it."""
     return sd1(path, levels=1, vae_levels=1)
 
 
 def sd2(path: str | Path, seed: int = 1, levels: int = 2) -> Path:
-    """Stable Diffusion 2.x in small: linear projections, head dim 64 with per-level head counts, v-prediction, DDIM."""
+    """Save Stable Diffusion 2.x in small: linear projections, head dim 64 with heads by level, v-prediction, DDIM."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, down_block_types=DOWN[-levels:],
@@ -90,17 +91,17 @@ def _parts(base: Callable[..., Path], **options: Any) -> dict[str, Any]:
 
 
 def _with_channels(unet: UNet2DConditionModel, extra: int, **options: Any) -> UNet2DConditionModel:
-    """A UNet like `unet` with more input channels."""
+    """Return a UNet like `unet` with more input channels."""
     return UNet2DConditionModel.from_config(unet.config, in_channels=4 + extra, **options)
 
 
 def inpainting(path: str | Path) -> Path:
-    """SD 1.x with the 9-channel UNet of the inpainting models, of two levels."""
+    """Save SD 1.x with the 9-channel UNet of the inpainting models, of two levels."""
     return _inpainting(path, sd1)
 
 
 def inpainting_2(path: str | Path) -> Path:
-    """SD 2.x with the 9-channel UNet of the inpainting models, of two levels."""
+    """Save SD 2.x with the 9-channel UNet of the inpainting models, of two levels."""
     return _inpainting(path, sd2)
 
 
@@ -113,7 +114,7 @@ def _inpainting(path: str | Path, base: Callable[..., Path]) -> Path:
 
 
 def depth(path: str | Path) -> Path:
-    """SD 2.x with the 5-channel UNet of the depth model, and the smallest of depth estimators, which nobody calls."""
+    """Save SD 2.x with the 5-channel UNet of the depth model, and a smallest depth estimator, which nobody calls."""
     torch.manual_seed(4)
     parts = _parts(sd2)
     names = ("vae", "text_encoder", "tokenizer", "scheduler")
@@ -127,7 +128,10 @@ def depth(path: str | Path) -> Path:
 
 
 def upscaler(path: str | Path) -> Path:
-    """The x4 upscaler in small, with the text of SD 2.x: 7 channels, noise levels as labels, a VAE of three levels."""
+    """Save the x4 upscaler in small, with the text of SD 2.x.
+
+    Its UNet has 7 channels and takes noise levels as labels, its VAE has three levels.
+    """
     torch.manual_seed(5)
     parts = _parts(sd2)
     options = {"num_class_embeds": 1000, "only_cross_attention": [True, False]}
@@ -141,7 +145,7 @@ def upscaler(path: str | Path) -> Path:
 
 
 def refiner(path: str | Path) -> Path:
-    """The refiner of SDXL: its second text encoder alone, and an aesthetic score for a target size."""
+    """Save the refiner of SDXL: its second text encoder alone, and an aesthetic score for a target size."""
     torch.manual_seed(6)
     parts = _parts(sdxl)
     unet = UNet2DConditionModel.from_config(parts["unet"].config, cross_attention_dim=48,
@@ -154,7 +158,7 @@ def refiner(path: str | Path) -> Path:
 
 
 def sdxl(path: str | Path, seed: int = 2) -> Path:
-    """Stable Diffusion XL in small: two text encoders, pooled text and sizes, Euler, no attention at the top level."""
+    """Save Stable Diffusion XL in small: two text encoders, pooled text and sizes, Euler, no attention at the top."""
     torch.manual_seed(seed)
     first, second = _text(width=32, layers=3, act="quick_gelu"), _text(48, 2, "gelu", CLIPTextModelWithProjection)
     unet = UNet2DConditionModel(
@@ -172,7 +176,10 @@ def sdxl(path: str | Path, seed: int = 2) -> Path:
 
 
 def control(path: str | Path, checkpoint: Path, seed: int = 3, hint: tuple[int, ...] = (8, 8, 16, 16)) -> Path:
-    """A ControlNet for the UNet of `checkpoint`, whose weights it shares; what training starts with as 0 is random."""
+    """Save a ControlNet for the UNet of `checkpoint`, whose weights it shares.
+
+    Weights that training starts with as 0 are random.
+    """
     torch.manual_seed(seed)
     net = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(checkpoint / "unet"),
                                     conditioning_embedding_out_channels=hint)
@@ -185,7 +192,7 @@ def control(path: str | Path, checkpoint: Path, seed: int = 3, hint: tuple[int, 
 
 
 def vae(path: str | Path, seed: int, **options: Any) -> Path:
-    """A VAE in a folder of its own."""
+    """Save a VAE in a folder of its own."""
     torch.manual_seed(seed)
     _vae(**options).save_pretrained(path)
     return Path(path)
@@ -214,7 +221,7 @@ def _text(width: int, layers: int, act: str, model: type[nn.Module] = CLIPTextMo
 
 
 def _tokenizer(pad: str) -> CLIPTokenizer:
-    """Byte-level BPE in CLIP's order (bytes, bytes that end a word, merges, start, end): any text tokenises."""
+    """Return byte-level BPE in CLIP's order (bytes, bytes that end a word, merges, start, end): any text tokenises."""
     symbols = [chr(c) for a, b in (("!", "~"), ("¡", "¬"), ("®", "ÿ")) for c in range(ord(a), ord(b) + 1)]
     symbols += [chr(256 + n) for n in range(256 - len(symbols))]
     words = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in MERGES] + [BOS, EOS]

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from models.train_shapes import start_log
-from models.training.edges import save_edges, train_edges
+from models.training.adapters.edges import save_edges, train_edges
+from models.training.adapters.judge import EDGES, STYLE, judge_adapters
+from models.training.adapters.style import save_style, train_style
 from models.training.fit import Worker
-from models.training.judge_adapters import EDGES, STYLE, judge_adapters
-from models.training.style import save_style, train_style
 
 STAGES = ("edges", "style", "save", "judge")
 

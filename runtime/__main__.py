@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 
 from engines import EngineError
 from engines.cli.interrupt import interruptible
@@ -11,9 +12,9 @@ from runtime.cli.draw import draw
 from runtime.cli.options import parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m runtime") -> int:
     """Run the command line. Returns the exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    args = parser().parse_args(argv)
+    args = parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
         with interruptible():

@@ -1,4 +1,4 @@
-"""Horizontal bars of medians, as a PNG for the README."""
+"""Charts of medians as horizontal bars, PNG files for the README."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from engines import EngineError
 
 WIDTH = 1200
-"""Pixels of a chart; its height follows from the number of bars."""
+"""Width of a chart in pixels; its height follows from the number of bars."""
 OURS, PEER, FLOOR, INK = "#d9480f", "#adb5bd", "#1864ab", "#212529"
 
 
@@ -23,6 +23,7 @@ class Bar:
 
     @property
     def ours(self) -> bool:
+        """Whether it is latentrt's."""
         return self.name.startswith("latentrt")
 
 
@@ -35,14 +36,14 @@ def require() -> None:
 
 
 def height(bars: int) -> int:
-    """Pixels of a chart of so many bars."""
+    """Return the height in pixels of a chart of so many bars."""
     return 190 + 52 * bars
 
 
 def figure(bars: Sequence[Bar], floors: Mapping[str, float], title: str, label: str) -> Any:
-    """A matplotlib Figure: bars from top to bottom, ours in colour, floors (name → value) as dashed lines.
+    """Return a matplotlib Figure: bars from top to bottom, latentrt's in colour, floors (name → value) as dashed lines.
 
-    title: what was measured; label: of the axis, with its unit. Drawn on white, so that it reads on any page.
+    title: what was measured. label: the axis's, with its unit. It is drawn on white, so that it reads on any page.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What no implementation can beat: the floating-point operations of a model over the machine's measured matrix rate.
+"""The floor that no implementation can beat: a model's floating-point operations over the machine's matrix rate.
 
 Operations are counted as torch.utils.flop_counter does on tensors without memory: matrix products and convolutions, two
 for each multiply-add. An algorithm that needs fewer, such as Winograd's for convolutions, could be faster.
@@ -18,15 +18,17 @@ import numpy as np
 from benchmarks.harness import measure
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""Precision → torch's name of it."""
 NARROW = ("fp16", "bf16")
+"""Precisions of 16 bits."""
 SIZES = 6
-"""Numbers that condition the UNet of Stable Diffusion XL beside the pooled text."""
+"""How many numbers condition the UNet of Stable Diffusion XL beside the pooled text."""
 RATES = {"cpu": ("bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
 """Device → precisions whose matrix rate is measured."""
 
 
 def count(module: Any, *inputs: Any, **options: Any) -> int:
-    """Operations of one call of a torch module or function."""
+    """Return the operations of one call of a torch module or function."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,7 +38,10 @@ def count(module: Any, *inputs: Any, **options: Any) -> int:
 
 
 def unet_flops(checkpoint: Path, rows: int, height: int, width: int, tokens: int = 77) -> int:
-    """Of one call with `rows` rows of height x width latents. Only the folder's configuration is read."""
+    """Return the operations of one call of the UNet on `rows` rows of height x width latents.
+
+    Only the folder's configuration is read.
+    """
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -52,7 +57,7 @@ def unet_flops(checkpoint: Path, rows: int, height: int, width: int, tokens: int
 
 
 def vae_decoder_flops(checkpoint: Path, images: int, height: int, width: int) -> int:
-    """Of decoding `images` pictures of height x width latents."""
+    """Return the operations of decoding `images` pictures of height x width latents."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -63,7 +68,10 @@ def vae_decoder_flops(checkpoint: Path, images: int, height: int, width: int) ->
 
 
 def text_encoder_flops(checkpoint: Path, rows: int, tokens: int = 77) -> int:
-    """Of encoding `rows` prompts with every text encoder; the last layer of XL's first one is not needed."""
+    """Return the operations of encoding `rows` prompts with every text encoder.
+
+    The last layer of XL's first encoder is not needed and not counted.
+    """
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -79,7 +87,7 @@ def text_encoder_flops(checkpoint: Path, rows: int, tokens: int = 77) -> int:
 
 
 def matrix_seconds(dtype: str, device: str = "cpu") -> float:
-    """Seconds of one square matrix product of side measure.MATRIX_SIDE[device], float32 without TF32.
+    """Return the seconds of one square matrix product of side measure.MATRIX_SIDE[device], float32 without TF32.
 
     On a CPU the fastest of three, on a GPU the mean of as many as fill a tenth of a second.
     """
@@ -116,13 +124,13 @@ def _on_gpu(call: Callable[[], Any]) -> float:
 
 
 def sample(flops: int, device: str = "cpu") -> dict[str, Any]:
-    """One turn: operations of the work, those of a matrix product, and the seconds of one by dtype."""
+    """Return the figures of one turn: operations of the work and of a matrix product, and seconds of that by dtype."""
     return {"flops": flops, "product": 2 * measure.MATRIX_SIDE[device] ** 3,
             "seconds": {dtype: matrix_seconds(dtype, device) for dtype in RATES[device]}}
 
 
 def combine(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Operations, and by dtype the rate (FLOP/s, at the 20th percentile of the seconds) and the floor in seconds.
+    """Return operations, and by dtype the rate (FLOP/s, at the 20th percentile of seconds) and the floor in seconds.
 
     product_seconds keeps every sample in order: whether the machine was as fast from the first round to the last.
     """

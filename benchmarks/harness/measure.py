@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine it ran on, medians with spread, memory and tables."""
+"""Measures that every benchmark shares: the machine it ran on, medians with spread, memory; and tables of them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from engines.machine.gpu import gpus
 LIBRARIES = ("latentrt", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13",
              "tensorrt-rtx-cu13-bindings", "torch", "triton", "diffusers", "transformers")
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
-"""Of the square matrices whose product gives a device's matrix rate."""
+"""Device → side of the square matrices whose product gives its matrix rate."""
 SHARE = 1.5
-"""Memory that one contender may take, over its weights in float32: they, and what a library makes of them."""
+"""Memory that one contender may take over that of its weights in float32: these, and what a library makes of them."""
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, library versions and commit, as they go into every result file."""
+    """Return hardware, library versions and commit, as they go into every result file."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf8") if Path("/proc/cpuinfo").exists() else ""
     model = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")),
                  platform.processor())
@@ -40,21 +40,22 @@ def machine() -> dict[str, Any]:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile of timings in seconds."""
+    """Return median, 20th and 80th percentile of timings in seconds, and how many there are."""
     p20, median, p80 = np.percentile(seconds, [20, 50, 80])
     return {"median": float(median), "p20": float(p20), "p80": float(p80), "runs": len(seconds)}
 
 
 def peak_memory() -> int:
-    """Bytes of resident memory that this process has had at most, mapped files included.
+    """Return the most bytes of resident memory that this process has had, mapped files included.
 
-    Linux's own figure for the program that runs; getrusage's would include what the parent had when it started this.
+    It is Linux's own figure for the program that runs; getrusage's would include what the parent had when it started
+    this.
     """
     return _kilobytes("/proc/self/status", "VmHWM") * 1024
 
 
 def free_memory() -> int:
-    """Bytes that a new process can have without swapping."""
+    """Return the bytes that a new process can have without swapping."""
     return _kilobytes("/proc/meminfo", "MemAvailable") * 1024
 
 
@@ -66,16 +67,16 @@ def require_memory(needed: int, what: str) -> None:
 
 
 def gpu() -> dict[str, Any]:
-    """The first GPU and its driver, as they go into a result file. Raises ValueError without one."""
-    found = gpus()
-    if not found:
+    """Return the first GPU and its driver, as they go into a result file. Raises ValueError without one."""
+    here = gpus()
+    if not here:
         raise ValueError("--device: got cuda, expected cpu on a machine without an NVIDIA GPU")
     wanted = "driver_version,power.limit,clocks.max.sm,memory.total"
-    return {"gpu": found[0].name, "arch": found[0].arch, wanted: _nvidia_smi(wanted)}
+    return {"gpu": here[0].name, "arch": here[0].arch, wanted: _nvidia_smi(wanted)}
 
 
 def free_gpu_memory() -> int:
-    """Bytes that are free on the first GPU."""
+    """Return the bytes that are free on the first GPU."""
     return int(_nvidia_smi("memory.free").split()[0]) * 2**20
 
 
@@ -85,7 +86,7 @@ def _nvidia_smi(wanted: str) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of one set of keys as aligned text columns."""
+    """Return rows of one set of keys as aligned text columns."""
     heads = list(rows[0])
     cells = [heads, *([str(row[h]) for h in heads] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]

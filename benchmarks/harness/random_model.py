@@ -18,16 +18,21 @@ from engines.bundle.publish import publish
 
 INDEX = "model_index.json"
 FAMILIES = ("sd1", "sd2-base", "sd2-v", "sdxl")
+"""Models that can be made."""
 DTYPE = "fp32; sdxl: fp16"
+"""Default precisions of their bundles, in words."""
 
 
 def make(family: str, seed: int = 0, directory: Path | None = None, dtype: str = "") -> tuple[Path, Path]:
-    """(bundle, checkpoint) of one of FAMILIES, made where they are not there yet: for sd1 2.3 GB in fp16 and a bundle
-    with the same values, 4.6 GB in fp32; for sdxl 7 GB each, both in fp16.
+    """Return (bundle, checkpoint) of one of FAMILIES, made where they are not there yet.
 
-    seed: of the weights. directory: where to keep them, by default $XDG_CACHE_HOME/latentrt/random. dtype: of the
-    bundle, by default fp32, and fp16 for sdxl. Raises ValueError for another family, or where memory does not hold the
-    UNet; EngineError or ExportError where they cannot be written.
+    sd1 takes 2.3 GB in fp16 and a bundle with the same values, 4.6 GB in fp32; sdxl 7 GB each, both in fp16.
+
+    seed: the weights'. directory: where to keep them, by default $XDG_CACHE_HOME/latentrt/random. dtype: the
+    bundle's, by default fp32, and fp16 for sdxl.
+
+    Raises ValueError for another family, or where memory does not hold the UNet; EngineError or ExportError where they
+    cannot be written.
     """
     if family not in FAMILIES:
         raise ValueError(f"--random: got {family!r}, expected one of {', '.join(FAMILIES)}")
@@ -48,13 +53,13 @@ def make(family: str, seed: int = 0, directory: Path | None = None, dtype: str =
 
 
 def _exporter() -> str:
-    """Of what exports: a bundle is made anew when it has changed."""
-    files = sorted(Path(export.__file__).parent.glob("*.py"))
+    """Return the hash of the code that exports: a bundle is made anew when it has changed."""
+    files = sorted(Path(export.__file__).parent.rglob("*.py"))
     return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()[:8]
 
 
 def _float_bytes(family: str) -> int:
-    """The UNet of a family in float32."""
+    """Return the bytes of a family's UNet in float32."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -104,10 +109,9 @@ def _save(family: str, seed: int, path: Path) -> None:
 
 
 def _text(model: Any, config: dict[str, Any]) -> Any:
-    """Its own initialisation is sane."""
     from transformers import CLIPTextConfig
 
-    return model(CLIPTextConfig.from_dict(config)).half()
+    return model(CLIPTextConfig.from_dict(config)).half()  # its own initialisation is sane
 
 
 def fill(model: Any, generator: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks tasks` draws: tiny random models of every layout, and a request of each task."""
+"""Cases of `python -m benchmarks tasks`: tiny random models of every layout, and a request of each task."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from runtime import Control, Lora, Request
 SIZE = (64, 128)
 STEPS = 3
 WORD = "wug"
-"""What the textual inversion is named."""
+"""Name of the textual inversion."""
 ATTENTION = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
+"""Endings of the names of weights that LoRAs change."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table. model: of MODELS. given: fields of Request, or what makes them of a Model.
+    """A row of the table.
 
-    nets: how many ControlNets it uses. encodes: whether it begins with a picture. refits: whether weights change.
-    video: whether with several.
+    model: a name of `models()`. given: makes the fields of its Request of a Model. nets: how many ControlNets it uses.
+    encodes: whether it begins with a picture. refits: whether weights change. video: whether it begins with several
+    pictures.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Case:
     video: bool = False
 
     def request(self, model: Model) -> Request:
+        """Return what is drawn of `model`."""
         size = {} if self.encodes or self.model == "upscaler" else {"height": SIZE[0], "width": SIZE[1]}
         return Request(**{"prompt": "a cat and a horse", "negative_prompt": "rain", "steps": STEPS, "seed": 3,
                           "output": "latent", **size, **self.given(model)})
@@ -49,7 +52,8 @@ class Case:
 class Model:
     """A tiny checkpoint of models/tiny.py in directory `path`, made when it is first asked for, if it is not there yet.
 
-    name: of its maker, options: of the same. nets: how many ControlNets its bundle has, named net0, net1 …
+    name, options: the function that makes it, and its arguments. nets: how many ControlNets its bundle has, named net0,
+    net1 …
     """
 
     name: str
@@ -59,19 +63,21 @@ class Model:
 
     @cached_property
     def checkpoint(self) -> Path:
+        """The diffusers folder."""
         path = self.path / "checkpoint"
         return path if path.is_dir() else getattr(_tiny(), self.name)(path, **self.options)
 
     @cached_property
     def bundle(self) -> Bundle:
+        """The bundle exported from it, with its ControlNets."""
         path = self.path / "bundle"
-        found = Bundle.open(path) if path.is_dir() else export(self.checkpoint, path, progress=False)
-        for n in range(len(found.labels), self.nets):
-            found = attach(_tiny().control(self.path / f"net{n}", self.checkpoint, seed=n), path, progress=False)
-        return found
+        bundle = Bundle.open(path) if path.is_dir() else export(self.checkpoint, path, progress=False)
+        for n in range(len(bundle.labels), self.nets):
+            bundle = attach(_tiny().control(self.path / f"net{n}", self.checkpoint, seed=n), path, progress=False)
+        return bundle
 
     def lora(self, seed: int) -> Path:
-        """Every attention of the UNet, rank 2, as PEFT writes it; it changes a weight by about a tenth."""
+        """Write a LoRA of rank 2 for every attention of the UNet as PEFT does; it changes a weight by about a tenth."""
         rng, tensors = np.random.default_rng(seed), {}
         for name, value in load_file(self.checkpoint / "unet" / "diffusion_pytorch_model.safetensors").items():
             if name.endswith(ATTENTION):
@@ -84,7 +90,7 @@ class Model:
         return path
 
     def embedding(self) -> Path:
-        """Two vectors that stand for WORD."""
+        """Write a textual inversion of two vectors that stand for WORD."""
         table = load_file(self.checkpoint / "text_encoder" / "model.safetensors")
         width = next(value.shape[1] for name, value in table.items() if name.endswith("token_embedding.weight"))
         path = self.path / f"{WORD}.safetensors"
@@ -93,7 +99,7 @@ class Model:
 
 
 def _tiny() -> Any:
-    """The makers, without what their libraries say when they are imported and write."""
+    """Import the makers, without what their libraries say when they are imported and write."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -107,7 +113,7 @@ def _tiny() -> Any:
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Coloured waves, uint8 [height, width, 3]."""
+    """Return a picture of coloured waves, uint8 [height, width, 3]."""
     phase = np.random.default_rng(seed).uniform(0, 6, 3)
     y, x = np.mgrid[:height, :width] / 9
     waves = [np.sin(x * (1 + k / 3) + p) + np.cos(y + k * p) for k, p in enumerate(phase)]
@@ -115,14 +121,14 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def disc(height: int, width: int) -> np.ndarray:
-    """White with a soft edge on black, uint8 [height, width, 3]: a mask."""
+    """Return a mask, a white disc with a soft edge on black, uint8 [height, width, 3]."""
     y, x = np.mgrid[:height, :width]
     away = np.hypot(y - height / 2, x - width / 3)
     return np.stack([((height / 3 - away) * 40 + 128).clip(0, 255).astype(np.uint8)] * 3, axis=2)
 
 
 def models(directory: Path) -> dict[str, Model]:
-    """Every model of CASES by name; nothing is made yet."""
+    """Return every model of CASES by name; nothing is made yet."""
     options: dict[str, dict[str, Any]] = {"sd1": {"levels": 2}, "sd2": {"levels": 2}}
     nets = {"sd1": 2, "sdxl": 1}
     return {name: Model(name, directory / name, options.get(name, {}), nets.get(name, 0))

@@ -1,4 +1,4 @@
-"""From one picture to another: two LoRAs, DDIM inversion, and frames on the way between.
+"""Draw the way from one picture to another: two LoRAs, DDIM inversion, and frames between.
 
 Each picture has a LoRA that was overfitted on it. Inverted with its own, it becomes the noise that draws it; a frame
 starts from noise on the arc between the two, and mixes the LoRAs in the same shares (the interpolation of DiffMorpher,
@@ -19,12 +19,12 @@ from runtime import Lora, Pipeline, Request
 from runtime.loop.interpolate import slerp
 
 MILLISECONDS = 100
-"""Of a frame."""
+"""How long a frame is shown."""
 
 
 def frames(pipe: Pipeline, pictures: tuple[Path, Path], loras: tuple[Path, Path], prompt: str, count: int = 11,
            steps: int = 50) -> Iterator[Image.Image]:
-    """`count` pictures, the first and the last of which are those given, as the model draws them."""
+    """Yield `count` pictures, the first and the last of which are those given, as the model draws them."""
     height, width = pipe.config.pixels
     start, end = (pipe(Request(prompt, image=picture, loras=(Lora(str(lora)),), task="invert", steps=steps,
                                guidance=1.0, height=height, width=width, output="latent")).latents[0]

@@ -1,4 +1,4 @@
-"""A photo in the style of a LoRA: image to image, held to the photo's edges by a ControlNet.
+"""Draw a photo in the style of a LoRA: image to image, held to the photo's edges by a ControlNet.
 
     python -m export path/to/sd-controlnet-canny --into sd15.bundle --as canny
     python docs/examples/style_transfer.py sd15.bundle photo.jpg style.safetensors "1boy, game character" -o styled.png
@@ -16,7 +16,10 @@ from runtime import Control, Lora, Pipeline, Request
 
 def styled(pipe: Pipeline, photo: Path, lora: Path, prompt: str, negative: str | None = None, strength: float = 0.5,
            control: float = 0.5, steps: int = 50, seed: int | None = None) -> Image.Image:
-    """The photo at the size of the pipeline. strength: how much is drawn anew. control: how much its edges hold."""
+    """Return the photo at the size of the pipeline.
+
+    strength: how much is drawn anew. control: how much its edges hold.
+    """
     request = Request(prompt, negative_prompt=negative, image=photo, strength=strength, loras=(Lora(str(lora)),),
                       control=(Control("canny", photo, scale=control, preprocessor="canny"),), steps=steps, seed=seed,
                       height=pipe.config.pixels[0], width=pipe.config.pixels[1])

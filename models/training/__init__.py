@@ -1,1 +1,1 @@
-"""How models/shapes was trained, one stage a file; `python -m models.train_shapes` runs them."""
+"""Stages of the training of models/shapes, one a file; adapters/ trains what changes it."""

@@ -1,5 +1,6 @@
 """The vae and decoder stages: an AutoencoderKL on drawn scenes."""
 
+import logging
 import shutil
 from random import Random
 
@@ -8,11 +9,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from models.training.fit import Worker, fit, log
+from models.training.fit import Worker, fit
 from models.training.parts import RAW_DEVIATION, build_vae
 from models.training.pictures import draw_scenes, save_grid, to_images, to_tensor
-from models.world import scenes
+from models.world import drawing, scenes
 from models.world.adherence import check
+from models.world.layouts import sample_layout
+
+logger = logging.getLogger(__name__)
 
 
 def train_vae(worker: Worker) -> None:
@@ -83,15 +87,15 @@ def train_decoder(worker: Worker) -> None:
 
 
 def draw_small(rng: Random, n: int) -> Tensor:
-    """Pictures, float [n, 3, 64, 64] in -1..1: of every three scenes the one with most small objects, the hard ones."""
-    trios = [[scenes.sample_layout(rng) for _ in range(3)] for _ in range(n)]
+    """Return pictures, float [n, 3, 64, 64] in -1..1, of the hardest of every three scenes: with most small objects."""
+    trios = [[sample_layout(rng) for _ in range(3)] for _ in range(n)]
     return to_tensor(
-        scenes.draw([max(t, key=lambda v: sum(o.size == "small" for o in v.scene.objects)) for t in trios])
+        drawing.draw([max(t, key=lambda v: sum(o.size == "small" for o in v.scene.objects)) for t in trios])
     )
 
 
 def picture_loss(out: Tensor, x: Tensor) -> Tensor:
-    """L1 + L2 of a reconstruction; an object's pixel weighs nine times a background's."""
+    """Return L1 + L2 of a reconstruction; an object's pixel weighs nine times a background's."""
     foreground = (x != x[:, :, :1, :1]).any(1, keepdim=True)
     error = (out - x) * (1 + 8 * foreground)
     return error.abs().mean() + error.square().mean()
@@ -101,13 +105,13 @@ def picture_loss(out: Tensor, x: Tensor) -> Tensor:
 def report_vae(worker: Worker, vae: nn.Module) -> None:
     """Log how many of 256 drawn pictures pass the judge after a reconstruction, a third of them with unseen pairs."""
     rng = Random("vae report")
-    layouts = [scenes.sample_layout(rng, unseen=i % 3 == 0) for i in range(256)]
-    images = scenes.draw(layouts)
+    layouts = [sample_layout(rng, unseen=i % 3 == 0) for i in range(256)]
+    images = drawing.draw(layouts)
     x = to_tensor(images).to(worker.device)
     with worker.autocast():
         out = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(32)])
     passed = np.mean([check(i, v.scene).ok for i, v in zip(to_images(out), layouts, strict=True)])
-    log.info("vae: %.1f %% of reconstructions pass, L1 %.4f", 100 * passed, (out.float() - x).abs().mean())
+    logger.info("vae: %.1f %% of reconstructions pass, L1 %.4f", 100 * passed, (out.float() - x).abs().mean())
     save_grid(np.concatenate([images[:16], to_images(out[:16])]), worker.work / "vae.png")
 
 

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from models.training.optimizer import MuonAndAdamW
 
-log = logging.getLogger("train_shapes")
+logger = logging.getLogger(__name__)
 
-AVERAGE_EVERY = 8  # steps between two averagings of the workers' weights
+AVERAGE_EVERY = 8
+"""Steps between two averagings of the workers' weights."""
 
 
 class Worker:
@@ -33,9 +34,11 @@ class Worker:
 
     @property
     def first(self) -> bool:
+        """Whether it is the one that reports and saves."""
         return self.rank == 0
 
     def autocast(self) -> torch.autocast:
+        """Return a context in which torch computes in bfloat16."""
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def average(self, tensors: list[Tensor], progress: float) -> float:
@@ -116,7 +119,7 @@ def fit(
         if worker.first and (time.monotonic() - reported > 60 * worker.args.report_minutes or state["progress"] >= 1):
             rate, spent = state["samples"] / state["seconds"], state["seconds"] / 60
             mean = np.mean(running[-200:])
-            log.info("%s: %d samples, %.0f/s, %.1f min, loss %.5f", name, state["samples"], rate, spent, mean)
+            logger.info("%s: %d samples, %.0f/s, %.1f min, loss %.5f", name, state["samples"], rate, spent, mean)
             saved = {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(saved | {"state": state}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)

@@ -15,14 +15,14 @@ from models.training.parts import build_scheduler, build_text_encoder, build_tok
 
 
 def first_unet(start: str | None) -> UNet2DConditionModel:
-    """A new UNet, or that of an earlier model to go on from."""
+    """Return a new UNet, or that of an earlier model to go on from."""
     if start is None:
         return build_unet()
     return UNet2DConditionModel.from_pretrained(start, subfolder="unet", torch_dtype=torch.float32)
 
 
 def trained_unet(work: Path) -> UNet2DConditionModel:
-    """The averaged weights of the last checkpoint; training need not have come to its end."""
+    """Return a UNet with the averaged weights of the last checkpoint; training need not have come to its end."""
     unet = build_unet()
     unet.load_state_dict(torch.load(work / "unet.pt", map_location="cpu")["ema"])
     return unet

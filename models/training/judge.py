@@ -1,5 +1,6 @@
 """The judge stage: pictures of held-out captions, drawn with diffusers, and how many show what was asked for."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from models.training.fit import log
 from models.training.parts import SCALING_FACTOR
 from models.training.pictures import to_images
-from models.world import scenes
 from models.world.adherence import check
+from models.world.layouts import held_out
 from models.world.scenes import Scene
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -30,7 +32,7 @@ def generate(
     seed: int = 0,
     batch: int = 32,
 ) -> np.ndarray:
-    """Pictures of captions by DDIM with classifier-free guidance: uint8 [n, 64, 64, 3].
+    """Return pictures of captions by DDIM with classifier-free guidance: uint8 [n, 64, 64, 3].
 
     net, hints: a ControlNet and what it reads, float [n, 3, 64, 64] in 0..1.
     """
@@ -64,11 +66,11 @@ def generate(
 
 def judge(folder: Path, device: torch.device) -> dict[str, float]:
     """Log the share of held-out captions whose picture passes, at the guidance that does best on others; return it."""
-    tuning, final = scenes.held_out(128, seed=1), scenes.held_out(256, seed=0)
+    tuning, final = held_out(128, seed=1), held_out(256, seed=0)
     rates: dict[float, float] = {}
     for guidance in (1.0, 1.25, 1.5, 2.0, 3.0):
         rates[guidance] = float(np.mean(passes(folder, tuning, device, guidance)))
-        log.info("judge: guidance %.2f, %.1f %% of %d pass", guidance, 100 * rates[guidance], len(tuning))
+        logger.info("judge: guidance %.2f, %.1f %% of %d pass", guidance, 100 * rates[guidance], len(tuning))
     guidance = max(rates, key=rates.__getitem__)
     passed = passes(folder, final, device, guidance)
     unseen = np.array([s.unseen for s in final])
@@ -80,10 +82,11 @@ def judge(folder: Path, device: torch.device) -> dict[str, float]:
     }
     result |= {f"{n} objects": passed[[len(s.objects) == n for s in final]].mean() for n in (1, 2, 3)}
     result = {name: round(float(value), 4) for name, value in result.items()}
-    log.info("judge: %s", result)
+    logger.info("judge: %s", result)
     return result
 
 
 def passes(folder: Path, told: list[Scene], device: torch.device, guidance: float) -> np.ndarray:
+    """Return for each caption whether its picture shows what it asks for, bool [n]."""
     images = generate(folder, [s.caption for s in told], device, guidance=guidance)
     return np.array([check(i, s).ok for i, s in zip(images, told, strict=True)])

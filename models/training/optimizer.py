@@ -1,4 +1,4 @@
-"""Muon for the weights of convolutions and linear layers, AdamW for everything else, as one optimizer."""
+"""An optimizer that is Muon for convolutions and linear layers, and AdamW for everything else."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ SMALLEST_SIDE = 8  # a matrix narrower than this, such as the first and last con
 
 
 class MuonAndAdamW:
-    """AdamW's step for vectors and thin matrices; for the others Muon's, which orthogonalises the momentum.
+    """AdamW's step for vectors and thin matrices, and for others Muon's, which orthogonalises the momentum.
 
     torch.optim.Muon takes matrices only. A convolution's weight is given to it as a matrix [out, in * kh * kw] that
     shares its memory. Steps are scaled to the size of AdamW's (arXiv:2502.16982), so that one learning rate does for

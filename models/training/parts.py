@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from models.training.start import start_as_copy, start_with_positions
 from models.world import scenes
+from models.world.captions import WORDS
 
 TOKENS = 32
 RAW_DEVIATION = 5.5  # of the autoencoder's latents, about that of Stable Diffusion's
@@ -25,7 +26,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     letters = sorted(ByteLevel.alphabet())
     merges: list[tuple[str, str]] = []
-    words = [[*word[:-1], word[-1] + "</w>"] for word in scenes.WORDS]
+    words = [[*word[:-1], word[-1] + "</w>"] for word in WORDS]
     while any(len(w) > 1 for w in words):
         pairs = [p for w in words for p in pairwise(w)]
         best = max(sorted(set(pairs)), key=pairs.count)

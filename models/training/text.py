@@ -1,25 +1,31 @@
 """The text stage: a CLIPTextModel under throw-away heads that must read the scene off a caption."""
 
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from models.training.fit import Worker, fit, log
+from models.training.fit import Worker, fit
 from models.training.parts import TOKENS, build_text_encoder
 from models.world import scenes
+from models.world.captions import WORDS, describe
+from models.world.layouts import sample_layout
 from models.world.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, RADII, RELATIONS, SHAPES, Layout, Scene
+
+logger = logging.getLogger(__name__)
 
 
 class Tokens:
-    """Captions to token ids, by dictionary: each of the scenes' words is one token."""
+    """A tokenizer that is a dictionary: captions to token ids, one for each of the scenes' words."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.ids = {w: tokenizer.convert_tokens_to_ids(w + "</w>") for w in scenes.WORDS}
+        self.ids = {w: tokenizer.convert_tokens_to_ids(w + "</w>") for w in WORDS}
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """int64 [n, 32]."""
+        """Return token ids, int64 [n, 32]."""
         rows = np.full((len(captions), TOKENS), self.eos, np.int64)
         rows[:, 0] = self.bos
         for row, text in zip(rows, captions, strict=True):
@@ -43,7 +49,7 @@ class ReadingHeads(nn.Module):
         self.end = nn.Linear(width, MAX_OBJECTS * sum(self.SLOT) + len(BACKGROUNDS) + 1)
 
     def forward(self, ids: Tensor, told: list[Scene], noun_ids: Tensor, layouts: list[Layout]) -> tuple[Tensor, Tensor]:
-        """The mean losses of reading and of painting."""
+        """Return the mean losses of reading and of painting."""
         hidden = self.encoder(ids).last_hidden_state
         slots, backgrounds = scene_labels(told)
         end = (ids == ids[0, -1]).int().argmax(1).to(ids.device)
@@ -69,7 +75,10 @@ class ReadingHeads(nn.Module):
 
 
 def scene_labels(told: list[Scene]) -> tuple[Tensor, Tensor]:
-    """Class indices [n, object, (shape, colour, size, relation to the one before)], absent last; background [n]."""
+    """Return class indices [n, object, (shape, colour, size, relation to the one before)], and of backgrounds [n].
+
+    The last index of each means that there is none.
+    """
     sizes, relations, grounds = (*RADII, None), (*RELATIONS, None), (*BACKGROUNDS, None)
     slots = torch.tensor([ReadingHeads.OBJECT] * MAX_OBJECTS).repeat(len(told), 1, 1)
     shapes, colours = list(SHAPES), list(COLOURS)
@@ -107,7 +116,7 @@ class PaintingHead(nn.Module):
 
 
 def cell_labels(layouts: list[Layout]) -> Tensor:
-    """Indices into PaintingHead.NAMES of what each cell shows, int64 [3, n, 64]."""
+    """Return indices into PaintingHead.NAMES of what each cell shows, int64 [3, n, 64]."""
     colours, shapes, sizes = (list(names) for names in PaintingHead.NAMES)
     grid = (np.arange(PaintingHead.SIDE) + 0.5) * (scenes.IMAGE_SIZE / PaintingHead.SIDE)
     labels = np.empty((3, len(layouts), PaintingHead.SIDE, PaintingHead.SIDE), np.int64)
@@ -131,8 +140,8 @@ def train_text(worker: Worker) -> None:
         layouts: list[Layout] = []
         told: list[Scene] = []
         while len(told) < n:
-            layout = scenes.sample_layout(worker.rng)
-            scene = scenes.describe(layout.scene, worker.rng)
+            layout = sample_layout(worker.rng)
+            scene = describe(layout.scene, worker.rng)
             if scene.held_out == held_out:
                 layouts.append(layout)
                 told.append(scene)
@@ -148,7 +157,7 @@ def train_text(worker: Worker) -> None:
             for name, (layouts, told) in (("training", sample(256)), ("held-out", sample(256, held_out=True))):
                 ids = tokens([s.caption for s in told]).to(worker.device)
                 read, painted = ema(ids, told, noun_ids, layouts)
-                log.info("text: loss on %s captions: reading %.5f, painting %.4f", name, read, painted)
+                logger.info("text: loss on %s captions: reading %.5f, painting %.4f", name, read, painted)
 
     ema = fit(
         worker,

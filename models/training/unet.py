@@ -1,5 +1,6 @@
 """The unet stage: a UNet2DConditionModel on latents encoded once and captions worded anew every time."""
 
+import logging
 from collections.abc import Iterator
 from random import Random
 
@@ -11,15 +12,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from models.training.fit import Worker, fit, log
+from models.training.fit import Worker, fit
 from models.training.folder import first_unet, save
 from models.training.judge import generate
 from models.training.parts import SCALING_FACTOR, build_scheduler
 from models.training.pictures import draw_scenes, save_grid
 from models.training.text import Tokens
-from models.world import scenes
 from models.world.adherence import check
+from models.world.captions import training_caption
+from models.world.layouts import held_out
 from models.world.scenes import Scene
+
+logger = logging.getLogger(__name__)
 
 READING, LIFTED = 0.06, 0.14  # shares of the stage: until the first the input is blank, after the second noise is full
 DETAILS = slice(100, 700)  # the timesteps at which shapes are decided, drawn more often than the others
@@ -27,7 +31,7 @@ DETAILS = slice(100, 700)  # the timesteps at which shapes are decided, drawn mo
 
 @torch.no_grad()
 def encode_latents(worker: Worker) -> tuple[list[Scene], Tensor]:
-    """This worker's share of the training scenes and their latents, float16 [n, 4, 16, 16], scaled."""
+    """Return this worker's share of the training scenes and their latents, float16 [n, 4, 16, 16], scaled."""
     vae = AutoencoderKL.from_pretrained(worker.work / "vae").to(worker.device, memory_format=torch.channels_last)
     rng = Random(f"latents {worker.rank}")
     found: list[Scene] = []
@@ -58,7 +62,10 @@ class LevelledLoss:
         self.levels = torch.ones(self.BANDS, device=device)
 
     def __call__(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Mean loss of a batch, of the size of the mean error; predicted, noise: float [n, C, h, w]; t: int64 [n]."""
+        """Return the mean loss of a batch, of the size of the mean error.
+
+        predicted, noise: float [n, C, h, w]. t: int64 [n].
+        """
         errors = (predicted.float() - noise).square().mean((1, 2, 3))
         band = t * self.BANDS // self.timesteps
         weights = self.levels.mean() / self.levels[band]
@@ -97,7 +104,7 @@ def train_unet(worker: Worker) -> None:
         full = lift == 1.0
         open_share = 0.5 if full else 0.0
         texts = [
-            "" if full and worker.rng.random() < 0.1 else scenes.training_caption(found[i], worker.rng, open_share)
+            "" if full and worker.rng.random() < 0.1 else training_caption(found[i], worker.rng, open_share)
             for i in rows
         ]
         x = latents[rows].to(worker.device).float()
@@ -116,11 +123,12 @@ def train_unet(worker: Worker) -> None:
 
     def report(ema: nn.Module) -> None:
         save(worker.work, worker.work / "latest", ema)
-        told = scenes.held_out(args.report_pictures, seed=1)
+        told = held_out(args.report_pictures, seed=1)
         images = generate(worker.work / "latest", [s.caption for s in told], worker.device, ema)
         passed = [check(i, s).ok for i, s in zip(images, told, strict=True)]
         counts = {n: [p for p, s in zip(passed, told, strict=True) if len(s.objects) == n] for n in (1, 2, 3)}
-        log.info("unet: %.1f %% pass; %s", 100 * np.mean(passed), {n: f"{sum(p)}/{len(p)}" for n, p in counts.items()})
+        by_count = {n: f"{sum(p)}/{len(p)}" for n, p in counts.items()}
+        logger.info("unet: %.1f %% pass; %s", 100 * np.mean(passed), by_count)
         save_grid(images[:48], worker.work / "unet.png")
 
     fit(

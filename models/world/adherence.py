@@ -1,4 +1,4 @@
-"""Does a picture show what its caption asks for? A judge for the scenes of `models.world.scenes`, by plain image processing.
+"""A judge of pictures, by plain image processing: does each show what its caption asks for?
 
 The background is read off the picture's frame. What differs from it falls into connected regions, and each region is
 measured: its colour is the median of its inner pixels, its shape the template that overlaps it best, its size the
@@ -12,7 +12,8 @@ from itertools import permutations
 import numpy as np
 from scipy import ndimage
 
-from models.world.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, RADII, SHAPES, Object, Scene, coverage
+from models.world.drawing import coverage
+from models.world.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, RADII, SHAPES, Object, Scene
 
 COLOUR_TOLERANCE = 60.0  # RGB distance to the nearest named colour; two named colours are never closer than 75
 FOREGROUND = 45.0  # RGB distance from the background at which a pixel belongs to an object
@@ -42,7 +43,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a picture shows the scene, and if not, what is wrong with it."""
+    """The judgement of a picture: whether it shows the scene, and if not, what is wrong with it."""
 
     ok: bool
     problems: list[str]
@@ -77,7 +78,7 @@ def check(image: np.ndarray, scene: Scene, colours: bool = True) -> Verdict:
 
 
 def find(image: np.ndarray) -> tuple[str | None, list[Found]]:
-    """The background's name and the objects of a picture, uint8 [64, 64, 3]."""
+    """Return the background's name and the objects of a picture, uint8 [64, 64, 3]."""
     pixels = image.astype(np.float32)
     background, distance = stands_out(image)
     regions, count = ndimage.label(distance > FOREGROUND)
@@ -90,7 +91,7 @@ def find(image: np.ndarray) -> tuple[str | None, list[Found]]:
 
 
 def stands_out(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The background, RGB, and the distance of every pixel from it, of a picture, uint8 [64, 64, 3]; float32."""
+    """Return the background, RGB, and the distance of every pixel from it, float32, of a picture, uint8 [64, 64, 3]."""
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
         raise ValueError(f"got {image.dtype} {image.shape}, expected uint8 ({IMAGE_SIZE}, {IMAGE_SIZE}, 3), RGB")
     pixels = image.astype(np.float32)

@@ -1,16 +1,18 @@
-"""Does a picture of the shapes model keep to its hint, and to its LoRA's style? By plain image processing."""
+"""Judges of steered pictures, by plain image processing: do they keep to the hint, and to the LoRA's style?"""
 
 import numpy as np
 
 from models.world.adherence import FOREGROUND, SIZE_LIMIT, find, stands_out
 from models.world.scenes import Layout, Scene
 
-NEAR = 2.0  # pixels between where an object stands and where it should
-INK, PAPER = "red", "white"  # the style of models/shapes-red-chalk
+NEAR = 2.0
+"""Pixels between where an object stands and where it should."""
+INK, PAPER = "red", "white"
+"""Colours of the style of models/shapes-red-chalk."""
 
 
 def in_place(image: np.ndarray, layout: Layout, told: Scene | None = None) -> bool:
-    """Whether a picture, uint8 [64, 64, 3], shows the objects of a layout where they stand there, and no other.
+    """Return whether a picture, uint8 [64, 64, 3], shows the objects of a layout in their places, and no other.
 
     told: what the caption said; a background that it leaves open may be any.
     """
@@ -28,12 +30,12 @@ def in_place(image: np.ndarray, layout: Layout, told: Scene | None = None) -> bo
 
 
 def overlap(image: np.ndarray, drawn: np.ndarray) -> float:
-    """Intersection over union of what stands out from the background in two pictures, uint8 [64, 64, 3]."""
+    """Return the intersection over union of what stands out from the background in two pictures, uint8 [64, 64, 3]."""
     a, b = (stands_out(picture)[1] > FOREGROUND for picture in (image, drawn))
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 
 def in_style(image: np.ndarray) -> bool:
-    """Whether everything in a picture, uint8 [64, 64, 3], is INK on PAPER."""
+    """Return whether everything in a picture, uint8 [64, 64, 3], is INK on PAPER."""
     background, found = find(image)
-    return background == PAPER and bool(found) and all(one.colour == INK for one in found)
+    return background == PAPER and bool(found) and all(region.colour == INK for region in found)

@@ -26,10 +26,10 @@ examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "python -m runtime") -> argparse.ArgumentParser:
     """Return the parser of the command line, whose values are None where an option is not given."""
     command = argparse.ArgumentParser(
-        prog="python -m runtime", description="Draw pictures from prompts with an exported bundle.", epilog=EXAMPLES,
+        prog=prog, description="Draw pictures from prompts with an exported bundle.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("bundle", help="directory that `python -m export` wrote")
     command.add_argument("prompt", nargs="*", help=options_of(Request)["prompt"].help)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import cases, kernels
 from benchmarks.__main__ import main
-from benchmarks.harness import contenders
+from benchmarks.harness.kernels import bench, checks, ops
 from kernels.cpu import cpp, library
 from tests.conftest import why_no_gpu
 
@@ -20,14 +20,14 @@ SMALL: dict[str, Any] = {
     "attention": cases.Attention("small", 2, 3, 35, 77, 40),
     "group_norm": cases.GroupNorm("small", 2, 12, 5, 6, 1e-5, True, groups=3),
     "layer_norm": cases.LayerNorm("small", 7, 40), "geglu": cases.Geglu("small", 7, 40),
-    "guidance_step": contenders.Latents("small", 2, 6, 5), "to_image": contenders.Pictures("small", 2, 8, 6),
+    "guidance_step": cases.Latents("small", 2, 6, 5), "to_image": cases.Pictures("small", 2, 8, 6),
 }
 CASE = "sd15-2x1280x8x8-silu"
 
 
-def setting(channels_last: bool = False) -> contenders.Setting:
+def setting(channels_last: bool = False) -> bench.Setting:
     isas = () if library.available() else library.isas()
-    return contenders.Setting("cpu", compile=False, channels_last=channels_last, threads=1, isas=isas)
+    return bench.Setting("cpu", compile=False, channels_last=channels_last, threads=1, isas=isas)
 
 
 def timed(*arguments: str, status: int = 0) -> None:
@@ -39,30 +39,30 @@ def timed(*arguments: str, status: int = 0) -> None:
 @pytest.mark.parametrize("op", SMALL)
 @needs_cpp
 def test_everyone_computes_the_same(op: str, channels_last: bool, dtype: str) -> None:
-    bench = contenders.make(op, SMALL[op], dtype, setting(channels_last))
+    contenders = ops.make(op, SMALL[op], dtype, setting(channels_last))
     left_out: dict[str, str] = {}
-    passed = kernels._checked(bench, left_out)
+    passed = checks.checked(contenders, left_out)
     assert left_out == {}
-    assert set(passed) == {*bench.ours, *bench.peers}
+    assert set(passed) == {*contenders.ours, *contenders.peers}
 
 
 @pytest.mark.parametrize("op", SMALL)
 @needs_cpp
 def test_a_kernel_that_is_one_percent_off_is_left_out(op: str) -> None:
-    bench = contenders.make(op, SMALL[op], "fp32", setting())
-    for name, ours in list(bench.ours.items()):
-        bench.ours[name] = lambda *inputs, ours=ours: (ours(*inputs).double() * 1.01).to(ours(*inputs).dtype)
+    contenders = ops.make(op, SMALL[op], "fp32", setting())
+    for name, ours in list(contenders.ours.items()):
+        contenders.ours[name] = lambda *inputs, ours=ours: (ours(*inputs).double() * 1.01).to(ours(*inputs).dtype)
     left_out: dict[str, str] = {}
-    assert set(kernels._checked(bench, left_out)) == set(bench.peers)
-    assert set(left_out) == set(bench.ours) and all(reason.startswith("wrong: ") for reason in left_out.values())
+    assert set(checks.checked(contenders, left_out)) == set(contenders.peers)
+    assert set(left_out) == set(contenders.ours) and all(reason.startswith("wrong: ") for reason in left_out.values())
 
 
 @needs_cpp
 def test_a_peer_that_computes_something_else_is_left_out() -> None:
-    bench = contenders.make("geglu", SMALL["geglu"], "fp32", setting())
-    bench.peers["other"] = lambda x: -bench.peers["torch"](x)
+    contenders = ops.make("geglu", SMALL["geglu"], "fp32", setting())
+    contenders.peers["other"] = lambda x: -contenders.peers["torch"](x)
     left_out: dict[str, str] = {}
-    assert "other" not in kernels._checked(bench, left_out)
+    assert "other" not in checks.checked(contenders, left_out)
     assert left_out == {"other": "wrong: differs from torch by 200.0%, expected at most 5%"}
 
 
@@ -122,10 +122,14 @@ def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) 
     assert "--device: got cuda, expected cpu" in capsys.readouterr().err
 
 
+def test_the_command_knows_every_op() -> None:
+    assert tuple(ops.OPS) == kernels.OPS
+
+
 def test_limits_move_as_many_bytes() -> None:
-    bench = contenders.make("geglu", SMALL["geglu"], "bf16", setting())
-    source, out = bench.limits()["copy"].inputs
-    assert source.nbytes + out.nbytes == bench.moved == 7 * 40 * 3 * 2
+    contenders = ops.make("geglu", SMALL["geglu"], "bf16", setting())
+    source, out = contenders.limits()["copy"].inputs
+    assert source.nbytes + out.nbytes == contenders.moved == 7 * 40 * 3 * 2
 
 
 @pytest.mark.gpu

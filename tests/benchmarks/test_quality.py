@@ -17,7 +17,7 @@ LEAST_SHARE = 0.9
 
 @pytest.mark.slow
 def test_pictures_show_what_held_out_captions_ask_for(bundles: Lazy, tmp_path: Path) -> None:
-    """In the precision that auto is, bf16 where the CPU has it, and in fp32; the one within a point of the other."""
+    """Draw in the precision that auto is, bf16 where the CPU has it, and in fp32, which must not be a point better."""
     figures = tmp_path / "quality.json"
     options = ["--backend", "openvino", "--dtype", "auto", "--against", "fp32", "--json", str(figures)]
     assert main(["quality", str(bundles["shapes"]), *options]) == 0
@@ -30,7 +30,7 @@ def test_pictures_show_what_held_out_captions_ask_for(bundles: Lazy, tmp_path: P
 
 
 def drawn(right: str, shade: int) -> Drawn:
-    """Grey pictures of which those marked x are right."""
+    """Return grey pictures of which those marked x are right."""
     return Drawn("openvino", "bf16", [Image.new("RGB", (4, 4), (shade,) * 3) for _ in right],
                  [Verdict(mark == "x", [] if mark == "x" else ["wrong"]) for mark in right], 1.0)
 

@@ -72,7 +72,7 @@ def test_what_fails_is_said(model, monkeypatch):
 
 
 def test_engines_of_a_task(model):
-    """A net only where one is used, and the encoder only where there is a picture."""
+    """A net is among them only where one is used, and the encoder only where there is a picture."""
     plain, encodes, control, video = (
         set(tasks._components(BY_NAME[name], model, OPENVINO))
         for name in ("text-to-image", "image-to-image", "a ControlNet", "video, with a ControlNet"))

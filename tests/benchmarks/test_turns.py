@@ -1,4 +1,4 @@
-"""What benchmarks that measure in turn rely on: processes, rounds, memory, failures, Ctrl-C, and charts."""
+"""Benchmarks that measure in turn: processes, rounds, memory, failures, Ctrl-C, and charts."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ import pytest
 from PIL import Image
 
 from benchmarks.harness import charts, limits, measure, turns
-from benchmarks.harness.turns import Contender, Job, Measured
+from benchmarks.harness.turns import Contender, Measured, Workload
 from tests.tools.small import small_bundle
 
 RATES = {"flops": 1e9, "product": 3e9, "seconds": {"bf16": 0.5, "fp32": 2.0}}
 
 
-def now(job: Job) -> Callable[[], float]:
-    """A contender whose result is when it ran."""
+def now(workload: Workload) -> Callable[[], float]:
+    """Load a contender whose result is when it ran."""
     return time.time
 
 
-def cached(job: Job) -> Callable[[], bool]:
-    """Leaves a file behind at its first start; the result of a later one is whether it is there."""
-    assert job.fresh != job.cache.exists()
-    job.cache.mkdir(exist_ok=True)
-    return job.cache.exists
+def cached(workload: Workload) -> Callable[[], bool]:
+    """Load one that leaves a file behind at its first start; its result later is whether that is there."""
+    assert workload.fresh != workload.cache.exists()
+    workload.cache.mkdir(exist_ok=True)
+    return workload.cache.exists
 
 
-def timed(job: Job) -> Callable[[], turns.Timed]:
-    """Takes no time, and says that each call took an hour of a GPU and a megabyte of its memory."""
+def timed(workload: Workload) -> Callable[[], turns.Timed]:
+    """Load one that takes no time, and says that each call took an hour of a GPU and a megabyte of its memory."""
     taken = 0
 
     def run() -> turns.Timed:
@@ -47,7 +47,7 @@ def timed(job: Job) -> Callable[[], turns.Timed]:
     return run
 
 
-def broken(when: str, job: Job) -> Callable[[], Any]:
+def broken(when: str, workload: Workload) -> Callable[[], Any]:
     def run() -> None:
         raise ValueError("cannot run\nfor several reasons")
 
@@ -56,7 +56,7 @@ def broken(when: str, job: Job) -> Callable[[], Any]:
     return run if when == "turn" else partial(os._exit, 3)
 
 
-def rates(job: Job) -> Callable[[], dict[str, Any]]:
+def rates(workload: Workload) -> Callable[[], dict[str, Any]]:
     return RATES.copy
 
 
@@ -64,42 +64,42 @@ LIMIT = Contender(rates)
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return Job(small_bundle(tmp_path / "bundle").path, tmp_path / "none", 64, 64, 1, tmp_path)
+def workload(tmp_path: Path) -> Workload:
+    return Workload(small_bundle(tmp_path / "bundle").path, tmp_path / "none", 64, 64, 1, tmp_path)
 
 
-def measured(job: Job, contenders: dict[str, Contender], **options: Any) -> dict[str, Measured]:
+def measured(workload: Workload, contenders: dict[str, Contender], **options: Any) -> dict[str, Measured]:
     args = argparse.Namespace(**{"rounds": 3, "seconds": 60.0, "least": 3, "no_build": False, **options})
-    return turns.measure_in_turn(contenders, LIMIT, job, args, lambda found: None)
+    return turns.measure_in_turn(contenders, LIMIT, workload, args, lambda found: None)
 
 
-def test_a_round_gives_everyone_one_turn(job: Job) -> None:
-    found = measured(job, {"a": Contender(now), "b": Contender(now)})
+def test_a_round_gives_everyone_one_turn(workload: Workload) -> None:
+    found = measured(workload, {"a": Contender(now), "b": Contender(now)})
     assert all(a < b for a, b in zip(found["a"].results, found["b"].results, strict=True))
     assert all(b < a for a, b in zip(found["a"].results[1:], found["b"].results, strict=False))
     assert [len(found[name].seconds) for name in ("a", "b", turns.LIMITS)] == [3, 3, 3]
     assert found["a"].peak_bytes > 10e6 and found["a"].build_seconds is None
 
 
-def test_without_memory_one_ends_before_the_next_starts(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_one_ends_before_the_next_starts(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "free_memory", lambda: 0)
-    found = measured(job, {"a": Contender(now), "b": Contender(now)})
+    found = measured(workload, {"a": Contender(now), "b": Contender(now)})
     assert max(found["a"].results) < min(found["b"].results)
     assert len(found[turns.LIMITS].results) == 6
 
 
-def test_one_that_has_taken_long_gets_fewer_rounds(job: Job) -> None:
-    assert len(measured(job, {"a": Contender(now)}, rounds=5, seconds=0.0, least=2)["a"].seconds) == 2
+def test_one_that_has_taken_long_gets_fewer_rounds(workload: Workload) -> None:
+    assert len(measured(workload, {"a": Contender(now)}, rounds=5, seconds=0.0, least=2)["a"].seconds) == 2
 
 
-def test_what_a_first_start_has_built_is_there_at_the_second(job: Job) -> None:
-    found = measured(job, {"a": Contender(cached, keeps=True)})["a"]
+def test_what_a_first_start_has_built_is_there_at_the_second(workload: Workload) -> None:
+    found = measured(workload, {"a": Contender(cached, keeps=True)})["a"]
     assert found.results == [True] * 3
     assert found.build_seconds is not None and found.load_seconds is not None
 
 
-def test_one_that_measures_itself_is_believed(job: Job) -> None:
-    found = measured(job, {"a": Contender(timed)}, seconds=1e9)["a"]
+def test_one_that_measures_itself_is_believed(workload: Workload) -> None:
+    found = measured(workload, {"a": Contender(timed)}, seconds=1e9)["a"]
     assert found.seconds == [3600.0] * 3 and found.results == ["result"] * 3
     assert found.figures()["gpu_bytes"] == 3 * 10**6
 
@@ -107,8 +107,8 @@ def test_one_that_measures_itself_is_believed(job: Job) -> None:
 @pytest.mark.parametrize(("when", "reason"), [
     ("start", "ValueError: cannot start"), ("turn", "ValueError: cannot run"), ("exit", "ended with status 3"),
 ])
-def test_one_that_fails_is_left_out_and_the_others_are_measured(job: Job, when: str, reason: str) -> None:
-    found = measured(job, {"a": Contender(partial(broken, when)), "b": Contender(now)})
+def test_one_that_fails_is_left_out_and_the_others_are_measured(workload: Workload, when: str, reason: str) -> None:
+    found = measured(workload, {"a": Contender(partial(broken, when)), "b": Contender(now)})
     assert reason in str(found["a"].left_out) and "\n" not in str(found["a"].left_out)
     assert found["b"].left_out is None and len(found["b"].seconds) == 3
 
@@ -139,12 +139,13 @@ def test_bars_are_the_figures(tmp_path: Path) -> None:
 
 
 def run_for_ever(directory: str) -> None:
-    """In a process of its own, until Ctrl-C: measure with the bundle there, and rewrite figures.json."""
+    """Measure with the bundle there and rewrite figures.json, in a process of its own, until Ctrl-C."""
     path = Path(directory)
     args = argparse.Namespace(rounds=10**6, seconds=1e9, least=3, no_build=False, json=path / "figures.json")
     try:
-        turns.compare({"a": Contender(now), "b": Contender(now)}, LIMIT, Job(path / "bundle", path, 64, 64, 1, path),
-                      args, {}, lambda found: {"results": {name: m.figures() for name, m in found.items()}},
+        workload = Workload(path / "bundle", path, 64, 64, 1, path)
+        turns.compare({"a": Contender(now), "b": Contender(now)}, LIMIT, workload, args, {},
+                      lambda found: {"results": {name: m.figures() for name, m in found.items()}},
                       lambda report: print("shown"))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -154,7 +155,7 @@ def run_for_ever(directory: str) -> None:
 def test_ctrl_c_leaves_figures_and_no_process(tmp_path: Path, everyone: bool) -> None:
     small_bundle(tmp_path / "bundle")
     file = tmp_path / "figures.json"
-    code = f"from tests import test_turns; test_turns.run_for_ever({str(tmp_path)!r})"
+    code = f"from tests.benchmarks import test_turns; test_turns.run_for_ever({str(tmp_path)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     while not file.exists() or "median" not in file.read_text():

@@ -5,25 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import engines
 from benchmarks import pipeline, unet
 from benchmarks.__main__ import main
-from benchmarks.harness import charts, components, limits, measure, on_cpu, on_gpu, random_model, turns
+from benchmarks.harness import charts, limits, turns
+from benchmarks.harness.networks import component, on_cpu, on_gpu
+from benchmarks.harness.turns import arguments
 from engines.store.choose import choose
-from export.families.stable_diffusion import StableDiffusion
-from export.sources.architectures import CONFIGS
-from export.sources.open import open_checkpoint
 from tests.conftest import why_no_gpu
 
 RMS = {"bf16": 5e-2, "fp32": 1e-4}
@@ -39,7 +35,7 @@ def model(bundles: dict[str, Path], checkpoints: dict[str, Path]) -> list[str]:
 
 
 def here(contenders: dict[str, Any]) -> list[str]:
-    """Those that take seconds, on this CPU: not who compiles C++."""
+    """Return the names of contenders that take seconds on this CPU: not who compiles C++."""
     return [name for name in contenders
             if not ("compile" in name or "inductor" in name)
             and (BF16 or not (name.startswith("latentrt") and name.endswith("bf16")))]
@@ -52,7 +48,7 @@ def measured(model: list[str], command: str, tmp_path: Path, *arguments: str, si
 
 
 def check_figures(results: dict[str, Any], limit: dict[str, Any], reference: str) -> None:
-    """What both commands derive."""
+    """Check what both commands derive."""
     for name, result in results.items():
         median, dtype = result["median"], name[-4:]
         assert result["left_out"] is None and result["p20"] <= median <= result["p80"]
@@ -94,12 +90,12 @@ def test_decoding(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
     assert " image/s " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("component", ["unet", "vae_decoder"])
-def test_everyone_computes_the_same(model: list[str], tmp_path: Path, component: str) -> None:
-    job = turns.Job(Path(model[0]), Path(model[1]), 64, 96, 1, tmp_path, component=component)
-    expected = on_cpu._diffusers("fp32", job)()
-    assert components.relative_rms(on_cpu._onnxruntime(job)(), expected) <= RMS["fp32"]
-    assert 0 < components.relative_rms(on_cpu._diffusers("bf16", job)(), expected) <= RMS["bf16"]
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+def test_everyone_computes_the_same(model: list[str], tmp_path: Path, name: str) -> None:
+    workload = turns.Workload(Path(model[0]), Path(model[1]), 64, 96, 1, tmp_path, component=name)
+    expected = on_cpu._diffusers("fp32", workload)()
+    assert component.relative_rms(on_cpu._onnxruntime(workload)(), expected) <= RMS["fp32"]
+    assert 0 < component.relative_rms(on_cpu._diffusers("bf16", workload)(), expected) <= RMS["bf16"]
 
 
 def test_pictures(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +133,8 @@ def test_torch_compile(bundles: dict[str, Path], checkpoints: dict[str, Path], t
     model = [str(bundles["sd1_one_level"]), str(checkpoints["sd1_one_level"])]
     monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
-    monkeypatch.setattr(turns.tempfile, "TemporaryDirectory", lambda **_: contextlib.nullcontext(tmp_path / "cache"))
+    monkeypatch.setattr(arguments.tempfile, "TemporaryDirectory",
+                        lambda **_: contextlib.nullcontext(tmp_path / "cache"))
     report = measured(model, "unet", tmp_path, "--only", COMPILED, size="16x16")
     check_figures(report["results"], report["limits"], on_cpu.REFERENCE)
     result = report["results"][COMPILED]
@@ -150,74 +147,6 @@ def test_psnr() -> None:
     black = np.zeros((1, 2, 2, 3), np.uint8)
     assert pipeline.difference(black + 255, black) == {"max_difference": 255, "psnr": 0.0}
     assert pipeline.difference(black, black) == {"max_difference": 0, "psnr": None}
-
-
-def test_operations_of_known_functions() -> None:
-    x = torch.empty(7, 3, device="meta")
-    assert limits.count(torch.nn.Linear(3, 5, device="meta"), x) == 2 * 7 * 3 * 5
-    conv = torch.nn.Conv2d(3, 4, 3, padding=1, device="meta")
-    assert limits.count(conv, torch.empty(2, 3, 8, 9, device="meta")) == 2 * 2 * 8 * 9 * 4 * 3 * 3 * 3
-    q, k = torch.empty(2, 4, 10, 16, device="meta"), torch.empty(2, 4, 12, 16, device="meta")
-    assert limits.count(F.scaled_dot_product_attention, q, k, k) == 2 * 2 * 2 * 4 * 10 * 12 * 16
-
-
-def test_operations_of_stable_diffusion(tmp_path: Path) -> None:
-    """1.6065 TFLOP for a step with guidance and 2.5145 for a picture's decoding, at 512x512 pixels."""
-    config = json.loads((CONFIGS / "sd1.json").read_text())
-    for name in ("unet", "vae", "text_encoder"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config[name]))
-    assert limits.unet_flops(tmp_path, 2, 64, 64) == 1_606_546_882_560
-    assert limits.vae_decoder_flops(tmp_path, 1, 64, 64) == 2_514_518_933_504
-    assert round(limits.text_encoder_flops(tmp_path, 2) / 1e12, 4) == 0.0266
-
-
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "projection_dim": 32}
-
-
-def shrink(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configuration that ships with small widths, its two lowest levels and a VAE of one."""
-    config = json.loads((CONFIGS / f"{family}.json").read_text())
-    unet, vae = config["unet"], config["vae"]
-    unet |= {"block_out_channels": [32, 64], "cross_attention_dim": 32, "layers_per_block": 1,
-             "down_block_types": unet["down_block_types"][-2:], "up_block_types": unet["up_block_types"][:2]}
-    vae |= {"block_out_channels": [32], "layers_per_block": 1,
-            "down_block_types": vae["down_block_types"][:1], "up_block_types": vae["up_block_types"][:1]}
-    if family == "sdxl":
-        unet |= {"cross_attention_dim": 64, "attention_head_dim": [4, 8], "transformer_layers_per_block": [1, 2],
-                 "projection_class_embeddings_input_dim": 32 + 6 * 256}
-        config["text_encoder_2"] |= TEXT
-    config["text_encoder"] |= TEXT
-    (tmp_path / f"{family}.json").write_text(json.dumps(config))
-    monkeypatch.setattr("export.sources.architectures.CONFIGS", tmp_path)
-
-
-def test_a_random_xl_checkpoint_is_one_that_export_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink("sdxl", tmp_path, monkeypatch)
-    random_model._save("sdxl", 0, tmp_path / "checkpoint")
-    model = StableDiffusion.read(open_checkpoint(tmp_path / "checkpoint"))
-    assert model.family == "sdxl" and model.scheduler["_class_name"] == "EulerDiscreteScheduler"
-    assert [tokenizer.pad_token_id for _, _, tokenizer in model.texts] == [49407, 0]
-    assert model.modules["unet"]().model.add_embedding.linear_1.weight.std() > 0
-    assert model.modules["text_encoder_2"]().model.text_projection.weight.shape == (32, 32)
-
-
-def test_a_random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made once, the same each time, and its output has the scale of noise."""
-    shrink("sd1", tmp_path, monkeypatch)
-    bundle, checkpoint = random_model.make("sd1", directory=tmp_path)
-    weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
-    first = weights.read_bytes()
-    made = weights.stat().st_mtime_ns, (bundle / "manifest.json").stat().st_mtime_ns
-    assert random_model.make("sd1", directory=tmp_path) == (bundle, checkpoint)
-    assert made == (weights.stat().st_mtime_ns, (bundle / "manifest.json").stat().st_mtime_ns)
-    job = turns.Job(bundle, checkpoint, 64, 64, 1, tmp_path)
-    out = on_cpu._onnxruntime(job)()
-    assert 0.2 < out.std() < 5
-    shutil.rmtree(checkpoint)
-    random_model.make("sd1", directory=tmp_path)
-    assert weights.read_bytes() == first
 
 
 def test_an_engine_that_cannot_run_here_takes_part_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,8 +179,8 @@ def test_a_table_of_a_gpu_is_in_milliseconds(capsys: pytest.CaptureFixture[str])
     result = {"median": 0.005, "p20": 0.004, "p80": 0.006, "steps_per_second": 200.0, "image_steps_per_second": 400.0,
               "speed": 20.0, "share_of_floor": 0.4, "rel_rms": 1e-3, "build_seconds": None, "load_seconds": 3.0,
               "peak_bytes": 2e9, "gpu_bytes": 3e9, "left_out": None}
-    rows = components.waterfall({"latentrt-inductor-fp16": result}, unet.gpu_waterfall("fp16"))
-    components.show({"device": "cuda", "component": "unet", "results": {"x": result}, "waterfall": rows})
+    rows = component.waterfall({"latentrt-inductor-fp16": result}, unet.gpu_waterfall("fp16"))
+    component.show({"device": "cuda", "component": "unet", "results": {"x": result}, "waterfall": rows})
     head, line = (text.split() for text in capsys.readouterr().out.splitlines())
     assert head == ["contender", "ms", "p20", "p80", "step/s", "image-step/s", "speed", "of", "floor", "error", "first",
                     "s", "start", "s", "GB", "GPU", "GB"]
@@ -260,10 +189,10 @@ def test_a_table_of_a_gpu_is_in_milliseconds(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("component", ["unet", "vae"])
-def test_on_a_gpu(model: list[str], tmp_path: Path, component: str) -> None:
+@pytest.mark.parametrize("command", ["unet", "vae"])
+def test_on_a_gpu(model: list[str], tmp_path: Path, command: str) -> None:
     names = ["diffusers-graph-fp16", "diffusers-fp16", on_gpu.REFERENCE]
-    report = measured(model, component, tmp_path, "--device", "cuda", "--only", *names)
+    report = measured(model, command, tmp_path, "--device", "cuda", "--only", *names)
     for name, result in report["results"].items():
         assert result["left_out"] is None and result["rel_rms"] <= (1e-2 if name.endswith("fp16") else 0)
         assert result["gpu_bytes"] > 0
@@ -275,13 +204,6 @@ def test_on_a_gpu(model: list[str], tmp_path: Path, component: str) -> None:
 def test_without_a_gpu_nothing_is_made_for_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["unet", "--random", "sdxl", "--device", "cuda"]) == 2
     assert "got cuda, expected cpu on a machine without an NVIDIA GPU" in capsys.readouterr().err
-
-
-def test_without_memory_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "free_memory", lambda: 15e9)
-    with pytest.raises(ValueError, match=r"--random sdxl: got 15\.0 GB of free memory, expected 15\.4 GB; end other"):
-        random_model.make("sdxl", directory=tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -7,18 +7,10 @@ import numpy as np
 import pytest
 
 from models.world.adherence import check, find
-from models.world.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    RADII,
-    SHAPES,
-    Layout,
-    Object,
-    Scene,
-    describe,
-    draw,
-    sample_layout,
-)
+from models.world.captions import describe
+from models.world.drawing import draw
+from models.world.layouts import sample_layout
+from models.world.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, Layout, Object, Scene
 
 
 def drawn(count: int, seed: int, objects: tuple[int, ...] = (1, 2, 3)) -> list[tuple[Layout, np.ndarray]]:

@@ -6,6 +6,9 @@ from random import Random
 import numpy as np
 import pytest
 
+from models.world.captions import WORDS, caption, describe, parse, training_caption
+from models.world.drawing import draw
+from models.world.layouts import held_out, place, sample_layout
 from models.world.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -14,18 +17,9 @@ from models.world.scenes import (
     RELATIONS,
     SHAPES,
     UNSEEN_PAIRS,
-    WORDS,
     Layout,
     Object,
     Scene,
-    caption,
-    describe,
-    draw,
-    held_out,
-    parse,
-    place,
-    sample_layout,
-    training_caption,
 )
 
 

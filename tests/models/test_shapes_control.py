@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.training.style import draw_in_style
-from models.world import placed, scenes
+from models.training.adapters.style import draw_in_style
+from models.world import drawing, placed, scenes
 from models.world.adherence import check
+from models.world.captions import parse
+from models.world.layouts import held_out, sample_layout
 from models.world.steering import in_place, in_style, overlap
 from runtime import Control, Lora, Pipeline, Request
 from tests.conftest import SHAPES, Lazy
@@ -43,7 +45,7 @@ def pipe(bundles: Lazy, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 def test_the_controlnet_puts_objects_where_the_hint_has_them(pipe: Pipeline) -> None:
     pytest.importorskip("cv2", reason="needs opencv-python-headless")
     asked = placed.held_out(CAPTIONS)
-    drawn = scenes.draw([layout for layout, _ in asked])
+    drawn = drawing.draw([layout for layout, _ in asked])
     plain = [ask(told.caption, i) for i, (_, told) in enumerate(asked)]
     hints = [Image.fromarray(hint).convert("RGB") for hint in placed.edges(drawn)]
     without = draw(pipe, plain)
@@ -56,7 +58,7 @@ def test_the_controlnet_puts_objects_where_the_hint_has_them(pipe: Pipeline) -> 
 
 
 def test_the_lora_draws_red_on_white_and_at_scale_0_nothing_changes(pipe: Pipeline) -> None:
-    told = scenes.held_out(CAPTIONS)
+    told = held_out(CAPTIONS)
     plain = [ask(scene.caption, i) for i, scene in enumerate(told)]
     without, off, on = (draw(pipe, [replace(request, loras=loras) for request in plain])
                         for loras in ((), (Lora(str(LORA), 0.0),), (Lora(str(LORA)),)))
@@ -80,20 +82,20 @@ def layouts(count: int) -> list[scenes.Layout]:
 
 def test_what_was_drawn_is_in_place_and_what_was_moved_or_painted_otherwise_is_not() -> None:
     pytest.importorskip("cv2", reason="needs opencv-python-headless")
-    for layout, image in zip(layouts(40), scenes.draw(layouts(40)), strict=True):
+    for layout, image in zip(layouts(40), drawing.draw(layouts(40)), strict=True):
         assert in_place(image, layout) and overlap(image, image) == 1
         moved = np.roll(image, 4, axis=1)
         assert not in_place(moved, layout) and overlap(moved, image) < 0.75
         first = layout.scene.objects[0]
         other = next(c for c in scenes.COLOURS if c not in {o.colour for o in layout.scene.objects})
         objects = (replace(first, colour=other), *layout.scene.objects[1:])
-        painted = scenes.draw([replace(layout, scene=replace(layout.scene, objects=objects))])[0]
+        painted = drawing.draw([replace(layout, scene=replace(layout.scene, objects=objects))])[0]
         assert not in_place(painted, layout) and overlap(painted, image) > 0.9
 
 
 def test_red_on_white_is_the_style_and_nothing_else_is() -> None:
     some = layouts(40)
-    for layout, styled, image in zip(some, draw_in_style(some), scenes.draw(some), strict=True):
+    for layout, styled, image in zip(some, draw_in_style(some), drawing.draw(some), strict=True):
         assert in_style(styled) and check(styled, layout.scene, colours=False).ok
         assert not in_style(image) and not check(styled, layout.scene).ok
         assert not in_style(np.full_like(styled, 245)) and not in_style(styled[..., ::-1].copy())
@@ -103,7 +105,7 @@ def test_a_caption_beside_a_hint_keeps_to_the_held_out_split() -> None:
     from random import Random
 
     rng = Random(6)
-    texts = [placed.training_caption(scenes.sample_layout(rng).scene, rng) for _ in range(2000)]
+    texts = [placed.training_caption(sample_layout(rng).scene, rng) for _ in range(2000)]
     assert 0.07 < texts.count("") / len(texts) < 0.14
-    assert not any(scenes.parse(text).held_out for text in texts if text)
-    assert all(told.held_out and scenes.parse(told.caption).held_out for _, told in placed.held_out(64))
+    assert not any(parse(text).held_out for text in texts if text)
+    assert all(told.held_out and parse(told.caption).held_out for _, told in placed.held_out(64))

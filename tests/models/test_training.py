@@ -13,7 +13,9 @@ from models.training.optimizer import MuonAndAdamW
 from models.training.parts import build_tokenizer, build_unet
 from models.training.text import PaintingHead, Tokens, cell_labels
 from models.training.unet import LevelledLoss
-from models.world import scenes
+from models.world import drawing, scenes
+from models.world.captions import describe, parse, training_caption
+from models.world.layouts import sample_layout
 from models.world.scenes import Layout, Object, Scene
 
 
@@ -112,7 +114,7 @@ def test_an_optimizer_goes_on_from_its_state() -> None:
 
 def test_tokens_are_those_of_the_tokenizer(tmp_path) -> None:
     tokenizer, rng = build_tokenizer(tmp_path), Random(0)
-    captions = [scenes.describe(scenes.sample_layout(rng).scene, rng).caption for _ in range(200)]
+    captions = [describe(sample_layout(rng).scene, rng).caption for _ in range(200)]
     ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert torch.equal(Tokens(tokenizer)(captions), ids)
 
@@ -123,7 +125,7 @@ def test_cells_show_what_was_drawn() -> None:
     labels = cell_labels([layout]).reshape(3, 8, 8).numpy()
     colours, shapes, sizes = ([names[i] for i in part.flat] for names, part in
                               zip(PaintingHead.NAMES, labels, strict=True))
-    image = scenes.draw([layout])[0][4::8, 4::8].reshape(-1, 3)
+    image = drawing.draw([layout])[0][4::8, 4::8].reshape(-1, 3)
     palette = scenes.COLOURS | scenes.BACKGROUNDS
 
     def nearest(pixel: np.ndarray) -> str:
@@ -139,7 +141,7 @@ def test_cells_show_what_was_drawn() -> None:
 def test_training_captions_may_be_told_in_full() -> None:
     rng = Random(0)
     for _ in range(300):
-        scene = scenes.sample_layout(rng).scene
-        if text := scenes.training_caption(scene, rng, open_share=0.0):
-            told = scenes.parse(text)
+        scene = sample_layout(rng).scene
+        if text := training_caption(scene, rng, open_share=0.0):
+            told = parse(text)
             assert not told.held_out and {told.background, *(o.size for o in told.objects)}.isdisjoint({None})

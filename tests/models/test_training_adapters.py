@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from models.training.edges import build_net
-from models.training.frozen import BLIND, Frozen, batches
+from models.training.adapters.edges import build_net
+from models.training.adapters.frozen import BLIND, Frozen, batches
+from models.training.adapters.style import add_lora
 from models.training.parts import build_scheduler, build_unet
-from models.training.style import add_lora
 
 
 @pytest.fixture

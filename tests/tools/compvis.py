@@ -1,6 +1,6 @@
 """Weights of a diffusers folder under their original (CompVis, Stability) names: `export.sources.convert` backwards.
 
-Written from the original modules' structure, and not from the converter, so that the two check each other.
+It is written from the original modules' structure, and not from the converter, so that the two check each other.
 """
 
 from __future__ import annotations
@@ -25,22 +25,21 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def from_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """The original names of a folder that `models.tiny` wrote; SD 2's text encoder in OpenCLIP's."""
+    """Return the weights of a folder that `models.tiny` wrote by original names; SD 2's text encoder by OpenCLIP's."""
     unet, vae, text = (load_file(next((folder / n).glob("*.safetensors"))) for n in ("unet", "vae", "text_encoder"))
     linear = json.loads((folder / "unet" / "config.json").read_text()).get("use_linear_projection")
     return state_dict(unet, vae, text, layers_per_block=1, open_clip=bool(linear))
 
 
 def of_control(folder: Path) -> dict[str, torch.Tensor]:
-    """The original names of a ControlNet's folder that `models.tiny` wrote."""
+    """Return the weights of a ControlNet's folder that `models.tiny` wrote by their original names."""
     weights = load_file(next(folder.glob("*.safetensors")))
     return {f"control_model.{_control_name(name)}": value for name, value in weights.items()}
 
 
 def of_vae(folder: Path) -> dict[str, torch.Tensor]:
-    """The original names of a VAE's folder, without a prefix, as files of a VAE alone have them."""
-    weights = load_file(next(folder.glob("*.safetensors")))
-    return _vae(weights)
+    """Return the weights of a VAE's folder by original names, without a prefix, as files of a VAE alone have them."""
+    return _vae(load_file(next(folder.glob("*.safetensors"))))
 
 
 def save(state: Weights, path: Path, nested: bool = True) -> Path:
@@ -54,7 +53,7 @@ def save(state: Weights, path: Path, nested: bool = True) -> Path:
 
 def state_dict(unet: Weights, vae: Weights, text: Weights, layers_per_block: int,
                open_clip: bool) -> dict[str, torch.Tensor]:
-    """All weights of one checkpoint, as in the file's "state_dict"."""
+    """Return all weights of one checkpoint, as in the file's "state_dict"."""
     lowest = any(k.startswith("up_blocks.0.attentions.") for k in unet)
     return {
         **{f"model.diffusion_model.{_unet_name(k, layers_per_block, lowest)}": v for k, v in unet.items()},
@@ -65,7 +64,7 @@ def state_dict(unet: Weights, vae: Weights, text: Weights, layers_per_block: int
 
 
 def with_ema(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The UNet's weights as model_ema.*, their names without dots, and other values in their place."""
+    """Return the weights with the UNet's as model_ema.*, names without dots, and other values in their place."""
     prefix = "model.diffusion_model."
     averages = {"model_ema." + k.removeprefix("model.").replace(".", ""): v
                 for k, v in state.items() if k.startswith(prefix)}
@@ -85,7 +84,7 @@ def _control_name(name: str) -> str:
 
 
 def _unet_name(name: str, layers: int, lowest: bool = False) -> str:
-    """lowest: whether the lowest block has transformers, too."""
+    """Return the original name of a weight of the UNet. lowest: the lowest block has transformers, too."""
     place, _, rest = name.partition(".")
     module, _, parameter = name.rpartition(".")
     if module in UNET:
@@ -139,7 +138,10 @@ def _clip(text: Weights) -> dict[str, torch.Tensor]:
 
 
 def _open_clip(text: Weights) -> dict[str, torch.Tensor]:
-    """Query, key and value as one matrix; one layer more than the UNet is given, and the projection to pictures."""
+    """Return a text encoder's weights as OpenCLIP has them.
+
+    Query, key and value are one matrix, and there is a layer more than the UNet is given, and a projection to pictures.
+    """
     out, start = {}, "cond_stage_model.model."
     text = {k.removeprefix("text_model."): v for k, v in text.items()}
     for name, value in text.items():

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from benchmarks.cases import CPP_FLOOR, most_error
+
 DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLOOR = {"fp32": 1e-6, "bf16": 2e-3, "fp16": 2.5e-4}
-"""Allowed beside twice torch's error, of the largest or RMS value of the result: one rounding or so."""
 
 
 def normal(shape: tuple[int, ...], dtype: str, seed: int, amplitude: float = 1.0) -> np.ndarray:
@@ -33,7 +33,7 @@ def to_torch(array: np.ndarray, dtype: str) -> torch.Tensor:
 def passes(ours: np.ndarray, exact: np.ndarray, peer: torch.Tensor, dtype: str) -> bool:
     """NaN passes nothing: no comparison with it is true."""
     error, allowed = ours.astype(np.float64) - exact, peer.double().numpy() - exact
-    return all(size(error) <= 2 * size(allowed) + FLOOR[dtype] * size(exact) for size in (largest, rms))
+    return all(size(error) <= most_error(size(allowed), size(exact), CPP_FLOOR[dtype]) for size in (largest, rms))
 
 
 def largest(x: np.ndarray) -> float:

@@ -12,14 +12,11 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from benchmarks.cases import TRITON_FLOOR, most_error
 from tests.conftest import why_no_gpu
 
 DEVICE = "cpu" if why_no_gpu() else "cuda"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-FLOOR = {"fp16": 1e-4, "bf16": 8e-4, "fp32": 1e-6}
-"""What a kernel's error may be beside twice that of the framework in the same dtype: a fifth of a rounding in 16 bits,
-seventeen of the far smaller ones in fp32. The RMS of the error in units of the truth's RMS, the largest error in units
-of its largest value."""
 
 
 def random(*shape: int, dtype: str = "fp32", seed: int = 0) -> torch.Tensor:
@@ -37,10 +34,10 @@ def check(got: torch.Tensor, framework: torch.Tensor, truth: torch.Tensor) -> No
     assert got.dtype == framework.dtype and truth.dtype == torch.float64
     assert got.shape == framework.shape == truth.shape
     assert torch.isfinite(got).all(), f"{int((~torch.isfinite(got)).sum())} of {got.numel()} values are not finite"
-    floor = FLOOR[{dtype: name for name, dtype in DTYPES.items()}[got.dtype]]
+    floor = TRITON_FLOOR[{dtype: name for name, dtype in DTYPES.items()}[got.dtype]]
     ours, theirs = (got.double() - truth).abs(), (framework.double() - truth).abs()
     for measure in (lambda t: t.square().mean().sqrt().item(), lambda t: t.abs().max().item()):
-        limit = 2 * measure(theirs) + floor * measure(truth)
+        limit = most_error(measure(theirs), measure(truth), floor)
         assert measure(ours) <= limit, f"error {measure(ours):.3g}, framework {measure(theirs):.3g}, limit {limit:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""Networks of other image models in plain torch, small, with random weights: what tracing and the engines must take.
+"""Networks of other image models in plain torch, small, with random weights, which tracing and engines must take.
 
 A DDPM of 1x28x28 pictures with layer norms, one of 3x64x64 with group norms and attention (arXiv 2006.11239), a VQ-VAE
 (arXiv 1711.00937), the gated PixelCNN that draws its codes (arXiv 1606.05328), and a VQGAN with the GPT that draws its
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class LayerNormBlock(nn.Module):
-    """Layer norm over channels and pixels, two convolutions, and the input added."""
+    """A block of layer norm over channels and pixels, two convolutions, and the input added."""
 
     def __init__(self, into: int, out: int, size: int) -> None:
         super().__init__()
@@ -28,9 +28,10 @@ class LayerNormBlock(nn.Module):
 
 
 class DigitsUNet(nn.Module):
-    """Noisy pictures [n, 1, 28, 28] and timesteps int64 [n] → noise. 28, 14, 7 and 3 pixels; what is odd is padded.
+    """A UNet: noisy pictures [n, 1, 28, 28] and timesteps int64 [n] → noise. Levels have 28, 14, 7 and 3 pixels.
 
-    The time is a table of sines and cosines in turn; the input of each level is what was skipped, then what comes up.
+    A level of odd size is padded. The time is a table of sines and cosines in turn; the input of each level is what
+    was skipped, then what comes up.
     """
 
     def __init__(self, channels: Sequence[int] = (10, 20, 40, 80), width: int = 128, steps: int = 1000) -> None:
@@ -68,7 +69,7 @@ def _pair(into: int, out: int, size: int) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """Group norm, SiLU and a convolution twice, with the embedded time (if any) between."""
+    """A block of group norm, SiLU and a convolution, twice, with the embedded time (if any) between."""
 
     def __init__(self, into: int, out: int, time: int = 0) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all pixels."""
+    """Attention of one head over all pixels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class Attention(nn.Module):
 
 
 class FacesUNet(nn.Module):
-    """Noisy pictures [n, 3, 64, 64] and timesteps int64 [n] → noise; attention at the last two levels."""
+    """A UNet: noisy pictures [n, 3, 64, 64] and timesteps int64 [n] → noise; it attends at the last two levels."""
 
     def __init__(self, channels: Sequence[int] = (32, 64, 64, 64), residuals: int = 2) -> None:
         super().__init__()
@@ -149,13 +150,13 @@ class FacesUNet(nn.Module):
 
 
 def nearest(z: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
-    """Codes int64 [n, h, w]: for each vector of z [n, C, h, w] the nearest of the book [K, C] (z² + e² − 2 z e)."""
+    """Return for each vector of z [n, C, h, w] the nearest of the book [K, C] (z² + e² − 2 z e): int64 [n, h, w]."""
     flat = z.permute(0, 2, 3, 1)
     return (flat.square().sum(-1, keepdim=True) + book.square().sum(-1) - 2 * flat @ book.t()).argmin(-1)
 
 
 class VQVAE(nn.Module):
-    """Pictures [n, 1, H, W] in [0, 1] → codes int64 [n, H/4, W/4] and what the decoder makes of them."""
+    """An autoencoder: pictures [n, 1, H, W] in [0, 1] → codes int64 [n, H/4, W/4] and pictures made of them."""
 
     def __init__(self, dim: int = 32, codes: int = 32) -> None:
         super().__init__()
@@ -184,9 +185,9 @@ class VQResidual(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """Two stacks: all rows above, and what is to the left in this row; each ends in tanh times sigmoid.
+    """A block of two stacks: all rows above, and what is to the left in this row; each ends in tanh times sigmoid.
 
-    first: the block that does not see the pixel itself.
+    first: whether it does not see the pixel itself.
     """
 
     def __init__(self, into: int, width: int, first: bool) -> None:
@@ -208,7 +209,7 @@ class GatedBlock(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """Codes int64 [n, h, w] → logits [n, K, h, w] of each, given those before it in raster order."""
+    """A model of codes: int64 [n, h, w] → logits [n, K, h, w] of each, given those before it in raster order."""
 
     def __init__(self, codes: int = 32, width: int = 16, linear: int = 32, blocks: int = 15) -> None:
         super().__init__()
@@ -224,7 +225,7 @@ class PixelCNN(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Pictures [n, 3, H, W] in [-1, 1] → codes int64 [n, H/16, W/16] and what the decoder makes of them."""
+    """An autoencoder: pictures [n, 3, H, W] in [-1, 1] → codes int64 [n, H/16, W/16] and pictures made of them."""
 
     def __init__(self, width: int = 32, levels: int = 5, codes: int = 64) -> None:
         super().__init__()
@@ -248,7 +249,7 @@ class VQGAN(nn.Module):
 
 
 class GPTBlock(nn.Module):
-    """Layer norm and causal attention, layer norm and an MLP four times as wide, each added."""
+    """A block of layer norm and causal attention, layer norm and an MLP four times as wide, each added."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -265,7 +266,7 @@ class GPTBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """Codes int64 [n, length], those of the condition first → logits [n, length, K] of the one that follows each."""
+    """A model of codes: int64 [n, length], the condition's first → logits [n, length, K] of what follows each."""
 
     def __init__(self, codes: int = 64, width: int = 32, heads: int = 4, blocks: int = 2, length: int = 512) -> None:
         super().__init__()

@@ -17,7 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from benchmarks import pipeline
 from benchmarks.__main__ import main
-from benchmarks.harness import components, given, limits, on_cpu, turns
+from benchmarks.harness import limits, turns
+from benchmarks.harness.networks import component, on_cpu
+from benchmarks.harness.networks.inputs import inputs
 from engines import Bundle, store
 from engines.store.choose import choose
 from export import ExportError
@@ -123,10 +125,10 @@ def test_an_engine_is_as_right_as_that_of_another_model(bundle, name):
 
 
 def test_benchmarks_give_everyone_the_added_conditions(folder, bundle, tmp_path):
-    job = turns.Job(bundle.path, folder, 64, 96, 1, tmp_path)
-    assert given.inputs(job)["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
-    assert components.relative_rms(on_cpu._onnxruntime(job)(), on_cpu._diffusers("fp32", job)()) <= 1e-4
-    assert components._limits(job)()["flops"] == limits.unet_flops(folder, 2, 8, 12)
+    workload = turns.Workload(bundle.path, folder, 64, 96, 1, tmp_path)
+    assert inputs(workload)["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
+    assert component.relative_rms(on_cpu._onnxruntime(workload)(), on_cpu._diffusers("fp32", workload)()) <= 1e-4
+    assert component._limits(workload)()["flops"] == limits.unet_flops(folder, 2, 8, 12)
 
 
 def test_benchmarks_of_whole_pictures(folder, bundle, tmp_path, capsys):

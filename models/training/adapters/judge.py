@@ -1,5 +1,6 @@
 """The judge stage of the adapters: what held-out captions become with the ControlNet and with the LoRA."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,17 @@ from PIL import Image
 
 from export import export
 from export.attach import attach
-from models.training.fit import log
-from models.world import placed, scenes
+from models.world import drawing, placed
 from models.world.adherence import check
+from models.world.layouts import held_out
 from models.world.steering import in_place, in_style, overlap
 from runtime import Control, Lora, Pipeline, Request
 
+logger = logging.getLogger(__name__)
+
 EDGES, STYLE = "shapes-edges", "shapes-red-chalk"
-NAME = "edges"  # of the net in the bundle
+NAME = "edges"
+"""Name of the ControlNet in the bundle."""
 SCALES = (0.0, 0.5, 1.0)
 
 
@@ -31,18 +35,22 @@ def judge_adapters(model: Path, out: Path, work: Path, captions: int) -> None:
 
 
 def draw(pipe: Pipeline, requests: Sequence[Request]) -> list[np.ndarray]:
-    """Pictures, uint8 [64, 64, 3], of requests for one each."""
+    """Return pictures, uint8 [64, 64, 3], of requests for one each."""
     return [np.asarray(result.images[0]) for result in pipe(list(requests))]
 
 
 def ask(caption: str, seed: int) -> Request:
+    """Return the request that every figure is drawn with."""
     return Request(caption, seed=seed, steps=20, guidance=2.0, scheduler="ddim")
 
 
 def judge_edges(pipe: Pipeline, count: int) -> dict[str, tuple[float, float, float]]:
-    """How many pictures show their caption, how many of those in the place of the hint, and the mean overlap."""
+    """Return shares of pictures that show their caption, and that in the hint's place, and the mean overlap, by name.
+
+    The names are "without a hint" and "with it".
+    """
     asked = placed.held_out(count)
-    drawn = scenes.draw([layout for layout, _ in asked])
+    drawn = drawing.draw([layout for layout, _ in asked])
     hints = [Image.fromarray(hint).convert("RGB") for hint in placed.edges(drawn)]
     plain = [ask(told.caption, i) for i, (_, told) in enumerate(asked)]
     steered = [replace(r, control=(Control(NAME, hint),)) for r, hint in zip(plain, hints, strict=True)]
@@ -53,14 +61,14 @@ def judge_edges(pipe: Pipeline, count: int) -> dict[str, tuple[float, float, flo
         stand = [in_place(image, *one) for image, one in zip(images, asked, strict=True)]
         overlaps = [overlap(image, scene) for image, scene in zip(images, drawn, strict=True)]
         found[name] = float(np.mean(verdicts)), float(np.mean(stand)), float(np.mean(overlaps))
-        log.info("edges: %s: %.1f %% of %d show their caption, %.1f %% in its place, overlap %.3f", name,
-                 100 * found[name][0], count, 100 * found[name][1], found[name][2])
+        logger.info("edges: %s: %.1f %% of %d show their caption, %.1f %% in its place, overlap %.3f", name,
+                    100 * found[name][0], count, 100 * found[name][1], found[name][2])
     return found
 
 
 def judge_style(pipe: Pipeline, file: Path, count: int) -> dict[float, tuple[float, float]]:
-    """By scale: the share of pictures in the style, and of those that show their caption but for colours."""
-    told = scenes.held_out(count)
+    """Return by scale the shares of pictures in the style, and of those that show their caption but for colours."""
+    told = held_out(count)
     plain = [ask(scene.caption, i) for i, scene in enumerate(told)]
     without = draw(pipe, plain)
     found = {}
@@ -70,6 +78,6 @@ def judge_style(pipe: Pipeline, file: Path, count: int) -> dict[float, tuple[flo
         right = np.mean([check(image, scene, colours=False).ok for image, scene in zip(images, told, strict=True)])
         found[scale] = float(styled), float(right)
         same = sum(np.array_equal(a, b) for a, b in zip(images, without, strict=True))
-        log.info("style: at %g %.1f %% of %d are in it, %.1f %% show their caption but for colours, %d are the picture "
-                 "without it", scale, 100 * styled, count, 100 * right, same)
+        logger.info("style: at %g %.1f %% of %d are in it, %.1f %% show their caption but for colours, %d are the "
+                    "picture without it", scale, 100 * styled, count, 100 * right, same)
     return found

@@ -17,17 +17,23 @@ import numpy as np
 
 import engines
 from benchmarks.harness import limits
-from benchmarks.harness.given import configure_compiler, engines_of, inputs, torch_module
-from benchmarks.harness.on_cpu import REFERENCE
-from benchmarks.harness.turns import Contender, Job, Run, Timed
+from benchmarks.harness.networks.inputs import engines_of, inputs
+from benchmarks.harness.networks.on_cpu import REFERENCE
+from benchmarks.harness.networks.torch_module import configure_compiler, torch_module
+from benchmarks.harness.turns import Contender, Run, Timed, Workload
 from engines import Bundle, EngineConfig, store
 
-TURN = 0.5  # seconds of calls that count in a turn
-WARM = 0.2  # and of those before
+TURN = 0.5
+"""Seconds of calls that count in a turn."""
+WARM = 0.2
+"""Seconds of calls before them."""
 
 
 class Clock:
-    """The GPU of this process, on a stream of its own. Made first: it counts the memory that is taken after."""
+    """The GPU of this process, on a stream of its own.
+
+    It is made first, as it counts the memory that is taken after.
+    """
 
     def __init__(self) -> None:
         import torch
@@ -41,12 +47,12 @@ class Clock:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Work of torch in this block goes to the stream, without gradients."""
+        """Send torch's work in this block to the stream, without gradients."""
         with self._torch.inference_mode(), self._torch.cuda.stream(self.stream):
             yield
 
     def run(self, call: Callable[[], Any], output: Callable[[], np.ndarray]) -> Run:
-        """A Run that times `call`, which launches one call of the work on the stream; output: what it wrote."""
+        """Return a Run that times `call`, which launches the work once on the stream. output: gives what it wrote."""
         torch = self._torch
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -60,7 +66,7 @@ class Clock:
 
         with self():
             seconds(2)
-            one = seconds(3)
+            rough = seconds(3)
             results = [output()]
         taken = self._before - self._free()
 
@@ -68,14 +74,14 @@ class Clock:
             nonlocal taken
             before = self._free()
             with self():
-                seconds(math.ceil(WARM / one))
-                mean = seconds(math.ceil(TURN / one))
+                seconds(math.ceil(WARM / rough))
+                mean = seconds(math.ceil(TURN / rough))
             taken += before - self._free()
             return Timed(mean, results.pop() if results else None, taken)
         return turn
 
     def captured(self, call: Callable[[], Any]) -> Callable[[], None]:
-        """`call`, which has run before, as a CUDA graph."""
+        """Return `call`, which has run before, as a CUDA graph."""
         graph = self._torch.cuda.CUDAGraph()
         self.stream.synchronize()
         with self._torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -83,16 +89,16 @@ class Clock:
         return graph.replay
 
 
-def ours(backend: str, dtype: str, graph: bool, job: Job) -> Run:
-    """One of our engines, bound to torch's tensors; graph: captured and replayed, as the runtime does."""
+def ours(backend: str, dtype: str, graph: bool, workload: Workload) -> Run:
+    """Time one of latentrt's engines, bound to torch's tensors. graph: captured and replayed, as the runtime does."""
     clock = Clock()
     import torch
 
-    bundle, feed = Bundle.open(job.bundle), inputs(job)
+    bundle, feed = Bundle.open(workload.bundle), inputs(workload)
     with clock():
         tensors = {name: torch.from_numpy(array).cuda() for name, array in feed.items()}
-        for name, config in engines_of(job, bundle, backend, dtype, device="cuda:0").items():
-            if job.fresh:
+        for name, config in engines_of(workload, bundle, backend, dtype, device="cuda:0").items():
+            if workload.fresh:
                 store.build(bundle, name, config, rebuild=True)
             engine = store.load(bundle, name, config)
             tensors |= {name: torch.zeros([int(d) for d in spec.shape], dtype=getattr(torch, spec.dtype), device="cuda")
@@ -106,11 +112,13 @@ def ours(backend: str, dtype: str, graph: bool, job: Job) -> Run:
     return clock.run(call, lambda: tensors[output].cpu().numpy())
 
 
-def diffusers(dtype: str, how: str, job: Job) -> Run:
-    """diffusers' own module. how: "" is eager, "graph" the same in a CUDA graph, "compile" torch.compile in its mode
-    max-autotune, which makes CUDA graphs itself.
+def diffusers(dtype: str, how: str, workload: Workload) -> Run:
+    """Time diffusers' own module.
+
+    how: "" is eager, "graph" the same in a CUDA graph, "compile" torch.compile in its mode max-autotune, which makes
+    CUDA graphs itself.
     """
-    configure_compiler(job)
+    configure_compiler(workload)
     import torch
 
     clock = Clock()
@@ -128,7 +136,7 @@ def diffusers(dtype: str, how: str, job: Job) -> Run:
         torch.compiler.cudagraph_mark_step_begin()  # the result before may be overwritten
         kept[:] = [module()]
 
-    module = torch_module(job, dtype, "cuda", compiler)
+    module = torch_module(workload, dtype, "cuda", compiler)
     with clock():
         for _ in range(3):  # cuDNN chooses, torch.compile compiles, then records its graph
             call()
@@ -136,15 +144,15 @@ def diffusers(dtype: str, how: str, job: Job) -> Run:
     return clock.run(run, lambda: kept[0].float().cpu().numpy())
 
 
-def onnxruntime(dtype: str, job: Job) -> Run:
-    """ONNX Runtime's CUDA provider on the bundle's graph, in a CUDA graph of its own, inputs and outputs bound."""
+def onnxruntime(dtype: str, workload: Workload) -> Run:
+    """Time ONNX Runtime's CUDA provider on the bundle's graph, in a CUDA graph of its own, inputs and outputs bound."""
     clock = Clock()
     import onnxruntime as ort
     import torch
 
-    bundle, feed = Bundle.open(job.bundle), inputs(job)
-    component = bundle.component(job.component)
-    config = engines_of(job, bundle, "onnxruntime", dtype, whole=True)[job.component]
+    bundle, feed = Bundle.open(workload.bundle), inputs(workload)
+    component = bundle.component(workload.component)
+    config = engines_of(workload, bundle, "onnxruntime", dtype, whole=True)[workload.component]
     options = ort.SessionOptions()
     for name, value in config.dims.items():
         options.add_free_dimension_override_by_name(name, value)
@@ -172,7 +180,7 @@ def _shape(shape: tuple[int | str, ...], config: EngineConfig) -> list[int]:
 
 
 def _engine(backend: str, dtype: str, graph: bool) -> Contender:
-    """Our engine of one backend and precision; graph: whether as a CUDA graph."""
+    """Return the contender that is latentrt's engine of one backend and precision. graph: whether as a CUDA graph."""
     return Contender(partial(ours, backend, dtype, graph), keeps=True, backend=backend, dtype=dtype)
 
 
@@ -188,4 +196,4 @@ CONTENDERS = {
     **{f"diffusers-compile-{dtype}": Contender(partial(diffusers, dtype, "compile"), keeps=True, dtype=dtype)
        for dtype in limits.NARROW},
 }
-"""Those that start at once first."""
+"""Name → contender. Those that start at once come first."""

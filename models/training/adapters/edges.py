@@ -1,5 +1,6 @@
 """The edges stage: a ControlNet for a finished UNet, which draws along the edges of a picture."""
 
+import logging
 from pathlib import Path
 from random import Random
 
@@ -10,18 +11,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engines.bundle.publish import publish
-from models.training.fit import Worker, fit, log
-from models.training.frozen import Frozen, batches
+from models.training.adapters.frozen import Frozen, batches
+from models.training.fit import Worker, fit
 from models.training.judge import generate
 from models.training.pictures import save_grid, to_tensor
-from models.world import scenes
+from models.world import drawing
+from models.world.layouts import sample_layout
 from models.world.placed import edges, held_out, scatter, training_caption
 from models.world.scenes import Scene
 from models.world.steering import in_place, overlap
 
+logger = logging.getLogger(__name__)
+
 
 def build_net(unet: UNet2DConditionModel) -> ControlNetModel:
-    """A ControlNet that starts as a copy of the UNet's way down and middle, with zeros for all that it adds.
+    """Return a ControlNet that starts as a copy of the UNet's way down and middle, with zeros for all that it adds.
 
     Three levels for the hint, 64x64 to 16x16. The middle is one residual block, 0.3 M weights instead of 1.0: on 4x4
     cells there is little of an edge to see.
@@ -37,11 +41,12 @@ def build_net(unet: UNet2DConditionModel) -> ControlNetModel:
 
 
 def to_hints(found: np.ndarray) -> Tensor:
-    """Edges as a ControlNet reads them: float [n, 3, 64, 64] in 0..1."""
+    """Return edges as a ControlNet reads them: float [n, 3, 64, 64] in 0..1."""
     return torch.from_numpy(found).float().div(255)[:, None].expand(-1, 3, -1, -1)
 
 
 def train_edges(worker: Worker) -> None:
+    """Train the ControlNet; checkpoints and a grid of pictures go to the work folder."""
     args = worker.args
     frozen = Frozen(worker)
     net = frozen.placed(build_net(frozen.unet))
@@ -64,12 +69,12 @@ def train_edges(worker: Worker) -> None:
 
     def report(ema: nn.Module) -> None:
         asked = held_out(args.report_pictures, seed=1)
-        drawn = scenes.draw([layout for layout, _ in asked])
+        drawn = drawing.draw([layout for layout, _ in asked])
         images = generate(args.model, [told.caption for _, told in asked], worker.device, frozen.unet, net=ema,
                           hints=to_hints(edges(drawn)))
         placed = np.mean([in_place(image, *one) for image, one in zip(images, asked, strict=True)])
         overlaps = np.mean([overlap(i, d) for i, d in zip(images, drawn, strict=True)])
-        log.info("edges: %.1f %% in place, overlap %.3f", 100 * placed, overlaps)
+        logger.info("edges: %.1f %% in place, overlap %.3f", 100 * placed, overlaps)
         save_grid(np.concatenate([drawn[:24], images[:24]]), worker.work / "edges.png")
 
     fit(worker, "edges", net, loss, lr=args.edges_lr, minutes=args.edges_minutes, batch=args.batch, ema_decay=0.98,
@@ -77,14 +82,14 @@ def train_edges(worker: Worker) -> None:
 
 
 def encode_scenes(frozen: Frozen) -> tuple[list[Scene], Tensor, np.ndarray]:
-    """Seen scenes, their latents, float16 [n, 4, 16, 16], scaled, and their edges, uint8 [n, 64, 64]."""
+    """Return seen scenes, their latents, float16 [n, 4, 16, 16], scaled, and their edges, uint8 [n, 64, 64]."""
     args, chunk = frozen.worker.args, 64
     rng = Random(f"edges {args.seed} {frozen.worker.rank}")
     found: list[Scene] = []
     latents, hints = [], []
     for _ in tqdm(range(-(-args.scenes // chunk)), desc="latents", mininterval=10):
-        layouts = [scatter(scenes.sample_layout(rng), rng) for _ in range(chunk)]
-        images = scenes.draw(layouts)
+        layouts = [scatter(sample_layout(rng), rng) for _ in range(chunk)]
+        images = drawing.draw(layouts)
         latents.append(frozen.encode(to_tensor(images)))
         hints.append(edges(images))
         found += [v.scene for v in layouts]

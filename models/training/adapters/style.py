@@ -1,5 +1,6 @@
 """The style stage: a LoRA (Hu et al., 2021, arXiv 2106.09685) with which a finished UNet draws red on white."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -12,14 +13,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engines.bundle.publish import publish
-from models.training.fit import Worker, fit, log
-from models.training.frozen import Frozen, batches
+from models.training.adapters.frozen import Frozen, batches
+from models.training.fit import Worker, fit
 from models.training.judge import generate
 from models.training.pictures import save_grid, to_tensor
-from models.world import scenes
+from models.world import drawing
 from models.world.adherence import check
+from models.world.captions import training_caption
+from models.world.layouts import held_out, sample_layout
 from models.world.scenes import Layout, Scene
 from models.world.steering import INK, PAPER, in_style
+
+logger = logging.getLogger(__name__)
 
 RANK = 8
 # What is painted on 16x16 latents is painted without attention in this UNet, so convolutions take part.
@@ -35,15 +40,16 @@ def add_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def draw_in_style(layouts: list[Layout]) -> np.ndarray:
-    """Layouts in INK on PAPER, whatever their colours are: uint8 [n, 64, 64, 3]."""
+    """Draw layouts in INK on PAPER, whatever their colours are: uint8 [n, 64, 64, 3]."""
     one_by_one = [[Layout(Scene((replace(o, colour=INK),), (), PAPER), (r,), (c,)) for o, r, c in
                    zip(v.scene.objects, v.radii, v.centres, strict=True)] for v in layouts]
-    pictures = iter(scenes.draw([one for some in one_by_one for one in some]))
+    pictures = iter(drawing.draw([one for some in one_by_one for one in some]))
     # Objects stand apart, so that of each pixel the one picture counts that differs from the paper.
     return np.stack([np.min([next(pictures) for _ in some], axis=0) for some in one_by_one])
 
 
 def train_style(worker: Worker) -> None:
+    """Train the LoRA; checkpoints and a grid of pictures go to the work folder."""
     args = worker.args
     frozen = Frozen(worker)
     unet = frozen.placed(add_lora(frozen.unet))
@@ -52,18 +58,18 @@ def train_style(worker: Worker) -> None:
 
     def loss(_: float) -> Tensor:
         some = next(rows)
-        texts = ["" if worker.rng.random() < 0.1 else scenes.training_caption(found[i], worker.rng, 0.5) for i in some]
+        texts = ["" if worker.rng.random() < 0.1 else training_caption(found[i], worker.rng, 0.5) for i in some]
         noisy, noise, t = frozen.noisy(latents[some], blind := args.batch // 4)
         with worker.autocast():
             predicted = unet(noisy, t, frozen.read(texts)).sample
         return frozen.loss(predicted, noise, t, blind)
 
     def report(ema: nn.Module) -> None:
-        told = scenes.held_out(args.report_pictures, seed=1)
+        told = held_out(args.report_pictures, seed=1)
         images = generate(args.model, [s.caption for s in told], worker.device, ema)
         styled = np.mean([in_style(image) for image in images])
         right = np.mean([check(image, s, colours=False).ok for image, s in zip(images, told, strict=True)])
-        log.info("style: %.1f %% are in it, %.1f %% as the caption says", 100 * styled, 100 * right)
+        logger.info("style: %.1f %% are in it, %.1f %% as the caption says", 100 * styled, 100 * right)
         save_grid(images[:48], worker.work / "style.png")
 
     fit(worker, "style", unet, loss, lr=args.style_lr, minutes=args.style_minutes, batch=args.batch, ema_decay=0.98,
@@ -71,12 +77,12 @@ def train_style(worker: Worker) -> None:
 
 
 def encode_style(frozen: Frozen) -> tuple[list[Scene], Tensor]:
-    """Seen scenes, and scaled latents of them drawn in the style, float16 [n, 4, 16, 16]."""
+    """Return seen scenes, and scaled latents of them drawn in the style, float16 [n, 4, 16, 16]."""
     rng, chunk = Random(f"style {frozen.worker.args.seed}"), 64
     found: list[Scene] = []
     latents = []
     for _ in tqdm(range(-(-frozen.worker.args.style_scenes // chunk)), desc="latents", mininterval=10):
-        layouts = [scenes.sample_layout(rng) for _ in range(chunk)]
+        layouts = [sample_layout(rng) for _ in range(chunk)]
         latents.append(frozen.encode(to_tensor(draw_in_style(layouts))))
         found += [v.scene for v in layouts]
     return found, torch.cat(latents)

@@ -33,20 +33,20 @@ class Frozen:
         self.levelled = LevelledLoss(2 * self.timesteps, worker.device)
 
     def placed(self, module: nn.Module) -> nn.Module:
-        """A module on the worker's device; on a CPU with the attention that is fastest to train there."""
+        """Return a module on the worker's device; on a CPU with the attention that is fastest to train there."""
         if self.worker.device.type == "cpu" and hasattr(module, "set_attn_processor"):
             module.set_attn_processor(AttnProcessor())
         return module.to(self.worker.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Scaled latents, float16 [n, 4, 16, 16], of pictures, float [n, 3, 64, 64] in -1..1."""
+        """Return scaled latents, float16 [n, 4, 16, 16], of pictures, float [n, 3, 64, 64] in -1..1."""
         x = images.to(self.worker.device, memory_format=torch.channels_last)
         with self.worker.autocast():
             return (self.vae.encode(x).latent_dist.mode().float() * SCALING_FACTOR).half()
 
     def noisy(self, latents: Tensor, blind: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents amid noise, the noise, and the timesteps, int64 [n], drawn evenly.
+        """Return latents amid noise, the noise, and the timesteps, int64 [n], drawn evenly.
 
         blind: so many rows show nothing of their latents. They are noise alone, as when a picture is begun, at
         timesteps from `BLIND` on, and what is returned for theirs is what they hold beside the latents asked for.
@@ -62,17 +62,17 @@ class Frozen:
         return noisy.contiguous(memory_format=torch.channels_last), noise, t
 
     def loss(self, predicted: Tensor, noise: Tensor, t: Tensor, blind: int = 0) -> Tensor:
-        """LevelledLoss of what `noisy` gave; its blind rows have bands of their own."""
+        """Return the LevelledLoss of what `noisy` gave; its blind rows have bands of their own."""
         return self.levelled(predicted, noise, t + self.timesteps * (torch.arange(len(t), device=t.device) < blind))
 
     def read(self, captions: list[str]) -> Tensor:
-        """What the UNet is told of captions, float [n, 32, 128]."""
+        """Return what the UNet is told of captions, float [n, 32, 128]."""
         with torch.no_grad():
             return self.encoder(self.tokens(captions).to(self.worker.device)).last_hidden_state
 
 
 def batches(rng: Random, n: int, batch: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers below `n`; an epoch has each at most once, and no batch is cut short."""
+    """Yield batches of row numbers below `n` without end; an epoch has each at most once, and no batch is cut short."""
     while True:
         order = rng.sample(range(n), n)
         yield from (order[i : i + batch] for i in range(0, n - batch + 1, batch))

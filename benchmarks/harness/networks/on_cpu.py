@@ -8,71 +8,75 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.given import configure_compiler, engines_of, freeze, inputs, torch_module
-from benchmarks.harness.turns import Contender, Job
+from benchmarks.harness.networks.inputs import engines_of, inputs
+from benchmarks.harness.networks.torch_module import configure_compiler, freeze, torch_module
+from benchmarks.harness.turns import Contender, Workload
 from engines import Bundle, store
 
 Call = Callable[[], np.ndarray]
 
 
 def ours(backend: str, dtype: str, *, whole: bool = False, **options: Any) -> Contender:
-    """Our engine of one backend and precision on a CPU. whole: never in parts. options: of its config."""
+    """Return the contender that is latentrt's engine of one backend and precision on a CPU.
+
+    whole: never in parts. options: those of the engine's config.
+    """
     return Contender(partial(_ours, backend, dtype, whole, options), keeps=True, backend=backend, dtype=dtype)
 
 
-def _ours(backend: str, dtype: str, whole: bool, options: Mapping[str, Any], job: Job) -> Call:
+def _ours(backend: str, dtype: str, whole: bool, options: Mapping[str, Any], workload: Workload) -> Call:
     from runtime.devices.bound import BoundEngine
 
-    bundle, feed = Bundle.open(job.bundle), inputs(job)
-    for name, config in engines_of(job, bundle, backend, dtype, whole=whole, options=options).items():
-        if job.fresh:
+    bundle, feed = Bundle.open(workload.bundle), inputs(workload)
+    for name, config in engines_of(workload, bundle, backend, dtype, whole=whole, options=options).items():
+        if workload.fresh:
             store.build(bundle, name, config, rebuild=True)
         engine = BoundEngine(store.load(bundle, name, config))
-        given = {name: feed[name] for name in engine.engine.inputs}
-        feed |= {name: array.copy() for name, array in engine(**given).items()}
+        fed = {name: feed[name] for name in engine.engine.inputs}
+        feed |= {name: array.copy() for name, array in engine(**fed).items()}
     output, = engine.engine.outputs
-    return lambda: engine(**given)[output].copy()
+    return lambda: engine(**fed)[output].copy()
 
 
-def _openvino(precision: str, job: Job) -> Call:
-    """OpenVINO's own runtime on the bundle's graph, as its documentation shows: read, reshape, compile, infer."""
+def _openvino(precision: str, workload: Workload) -> Call:
+    """OpenVINO's own runtime runs the bundle's graph as its documentation shows: read, reshape, compile, infer."""
     import openvino
 
-    bundle, feed, core = Bundle.open(job.bundle), inputs(job), openvino.Core()
-    model = core.read_model(bundle.path / bundle.component(job.component).file)
+    bundle, feed, core = Bundle.open(workload.bundle), inputs(workload), openvino.Core()
+    model = core.read_model(bundle.path / bundle.component(workload.component).file)
     model.reshape({name: list(array.shape) for name, array in feed.items()})
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision,
                                                  "PERFORMANCE_HINT": "LATENCY"})
     return _warm(lambda: compiled(feed)[0].copy())
 
 
-def _onnxruntime(job: Job) -> Call:
-    """ONNX Runtime's own session on the bundle's graph, with its defaults."""
+def _onnxruntime(workload: Workload) -> Call:
+    """ONNX Runtime's own session runs the bundle's graph, with its defaults."""
     import onnxruntime
 
-    bundle, feed = Bundle.open(job.bundle), inputs(job)
-    session = onnxruntime.InferenceSession(bundle.path / bundle.component(job.component).file,
+    bundle, feed = Bundle.open(workload.bundle), inputs(workload)
+    session = onnxruntime.InferenceSession(bundle.path / bundle.component(workload.component).file,
                                            providers=["CPUExecutionProvider"])
     return _warm(lambda: session.run(None, feed)[0])
 
 
-def _diffusers(dtype: str, job: Job) -> Call:
-    return _torch(dtype, job, lambda function: function)
+def _diffusers(dtype: str, workload: Workload) -> Call:
+    return _torch(dtype, workload, lambda function: function)
 
 
-def _compiled(dtype: str, job: Job) -> Call:
-    """torch.compile for this shape, with weights as constants that the compiler may repack (freezing)."""
-    configure_compiler(job)
+def _compiled(dtype: str, workload: Workload) -> Call:
+    """torch.compile compiles for this shape, with weights as constants that it may repack (freezing)."""
+    configure_compiler(workload)
     freeze()
     import torch
 
-    return _torch(dtype, job, partial(torch.compile, dynamic=False))
+    return _torch(dtype, workload, partial(torch.compile, dynamic=False))
 
 
-def _torch(dtype: str, job: Job, compiler: Callable[[Any], Any]) -> Call:
+def _torch(dtype: str, workload: Workload, compiler: Callable[[Any], Any]) -> Call:
     import torch
 
-    module = torch_module(job, dtype, "cpu", compiler)
+    module = torch_module(workload, dtype, "cpu", compiler)
     return _warm(torch.inference_mode()(lambda: module().float().numpy()))
 
 
@@ -98,4 +102,4 @@ CONTENDERS = {
     "latentrt-onnxruntime-fp32": ours("onnxruntime", "fp32"),
     "onnxruntime-fp32": Contender(_onnxruntime, graph="fp32"),
 }
-"""Those that hold the weights in 16 bits first: memory holds more of them together."""
+"""Name → contender. Those with weights in 16 bits come first: memory holds more of them together."""

@@ -1,0 +1,1 @@
+"""One component of a model, called again and again: `python -m benchmarks unet` and `vae`."""
