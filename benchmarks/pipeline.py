@@ -165,7 +165,7 @@ def _torch(dtype: str, job: Drawing, compiled: bool) -> Draw:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    xl = bool(Bundle.open(job.bundle).manifest.time_ids)
+    xl = Bundle.open(job.bundle).manifest.condition("sizes") is not None
     kind, options = (StableDiffusionXLPipeline, {}) if xl else (StableDiffusionPipeline, {"safety_checker": None})
     pipe = kind.from_pretrained(job.checkpoint, local_files_only=True, dtype=getattr(torch, limits.DTYPES[dtype]),
                                 **options)

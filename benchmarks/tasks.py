@@ -40,8 +40,8 @@ from tqdm import tqdm
 import engines
 from benchmarks.harness import measure
 from benchmarks.harness.task_cases import CASES, SIZE, STEPS, Case, Model, models
+from engines import store
 from engines.check import verify
-from engines.store import store
 from runtime import Pipeline, Request
 
 MAY_GROW = 2
@@ -200,13 +200,13 @@ def _components(case: Case, model: Model, column: Column) -> list[str]:
     wanted = []
     nets = [f"control_net{n}" for n in range(case.nets)]
     for name in store.used(model.bundle, column.backend):
-        whole = model.bundle.part_of(name) or name
-        if whole.startswith("control_"):
-            wanted += [name] * (whole in nets)
-        elif whole == "vae_encoder":
+        component = model.bundle.component(name)
+        if component.role == "controlnet":
+            wanted += [name] * (component.network in nets)
+        elif component.role == "first_stage_encoder":
             wanted += [name] * case.encodes
         else:
-            wanted += [name] * (bool(nets) or whole != "unet_control")
+            wanted += [name] * (bool(nets) or component.variant != "control")
     return wanted
 
 

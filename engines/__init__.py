@@ -4,8 +4,5 @@ from engines.backend import BACKENDS, Backend, Engine, Layer, Target, backend
 from engines.bundle import Bundle
 from engines.spec import EngineConfig, EngineError, TensorSpec
 
-TIME_ROWS = 32
-"""Timesteps that an engine of unet_time takes at once."""
-
-__all__ = ["BACKENDS", "TIME_ROWS", "Backend", "Bundle", "Engine", "EngineConfig", "EngineError", "Layer", "Target",
+__all__ = ["BACKENDS", "Backend", "Bundle", "Engine", "EngineConfig", "EngineError", "Layer", "Target",
            "TensorSpec", "backend"]

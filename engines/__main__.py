@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import engines
+from engines import store
 from engines.bundle import Bundle
 from engines.check import trajectory, verify
 from engines.check.trajectory import Trajectory
 from engines.cli import tables as show
-from engines.cli.inspect import backend_of, bundle_text, describe, engine_table, engine_text, look_inside, read
+from engines.cli.inspect import bundle_text, describe, engine_table, engine_text, look_inside, read
 from engines.cli.interrupt import interruptible
 from engines.cli.kernel_options import add_kernel_options, kernel_options
 from engines.cli.options import picture_size, positive
 from engines.spec import DTYPES, EngineError
-from engines.store import store
 from engines.store.choose import choose
 
 EXAMPLES = """examples:
@@ -90,7 +90,7 @@ def _build(options: argparse.Namespace) -> int:
             "auto", dtype or "auto", bundle=bundle, size=next(iter(options.size), None), batch=options.batch[0],
             device=device or "auto", threads=options.threads, build=device is not None)
         print(f"auto: {backend} {dtype} on {device}: {why}", file=sys.stderr)
-    rest = {"threads": options.threads, "device": device or "cpu", "sequence": options.tokens,
+    rest = {"threads": options.threads, "device": device or "cpu", "tokens": options.tokens,
             "options": {**dict(map(_option, options.option)), **kernel_options(options)}}
     paths = store.build_all(bundle, backend, sizes=options.size, batches=options.batch, dtype=dtype or "fp32",
                             components=options.component, rebuild=options.rebuild, check=not options.no_check, **rest)
@@ -129,7 +129,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
-    paths = [path for path in _named(options, bundle) if options.backend in (None, backend_of(path))]
+    paths = [path for path in _named(options, bundle) if options.backend in (None, store.backend_of(path))]
     found = [_verify_files(bundle), *(_verify_engine(bundle, path) for path in paths)]
     trajectories = _trajectories(options, bundle, paths, found) if options.trajectory else []
     if options.json:

@@ -10,7 +10,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from engines.bundle.manifest import Bundle, Component
+from engines.bundle.bundle import Bundle
+from engines.bundle.manifest import Component
 from engines.onnx.low_rank import Weight
 from engines.spec import EngineConfig, EngineError, TensorSpec
 
@@ -26,7 +27,10 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Target:
-    """One component of a bundle, and what an engine of it is built for. directory: of the bundle. name: the component's."""
+    """One component of a bundle, and what an engine of it is built for.
+
+    directory: the bundle's. name: the component's.
+    """
 
     directory: Path
     name: str

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import engines
+from engines import store
 from engines.bundle import Bundle
 from engines.cli.interrupt import interruptible
 from engines.cli.kernel_options import add_kernel_options, kernel_options
 from engines.cli.options import picture_size, positive
 from engines.spec import DTYPES, EngineConfig, EngineError
-from engines.store import store
 from export.attach import attach, detach
 from export.bundle import export
 from export.errors import FAMILIES, ExportError
@@ -58,12 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; nothing half-written was kept", file=sys.stderr)
         return 130
     if not options.quiet:
-        print(f"{bundle.path}: {bundle.manifest.family}, {bundle.manifest.components['unet'].dtype}")
+        print(f"{bundle.path}: {bundle.manifest.family}, {bundle.dtype}")
         for name in names:
             rms = bundle.component(name).check.rel_rms
             print(f"  {name:{max(map(len, names))}} differs from PyTorch by {rms:.1e} (relative RMS)")
         if options.into:
-            print(f"  ControlNets: {', '.join(bundle.controls) or 'none'}")
+            print(f"  ControlNets: {', '.join(bundle.labels) or 'none'}")
     return 0
 
 
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> tuple[Bundle, list[str]]:
         engine, computes, device, why = choose(build, options.dtype, device=options.gpu or "auto",
                                                build=options.gpu is not None)
         graph = computes if device == "cpu" else dtype
-        engines.backend(engine).versions(EngineConfig(engine, graph, device=device, options=own))
+        engines.backend(engine).versions(EngineConfig(engine, dtype=graph, device=device, options=own))
         if device != "cpu":
             computes = "auto"  # as each graph is: XL's VAE is bf16 in an fp16 bundle
         if build == "auto" and not options.quiet:

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 import engines
-from engines.bundle import CONTROL, Bundle, Component, Manifest, write_manifest
+from engines.bundle import Bundle, Component, Manifest, write_manifest
 from engines.bundle.publish import lock
 from engines.spec import EngineError
 from export.bundle import provenance
@@ -55,11 +55,11 @@ def attach(source: str | Path, bundle: str | Path, name: str | None = None, *, e
                 stages.update()
 
             for component in found.graphs:
-                dtype = precision(component, found, old.component("unet").dtype)
+                dtype = precision(component, found, old.dtype)
                 made |= export_component(component, found, dtype, directory, on_stage)
         added = _place(made, directory, old.path / f"{found.key}-{_digest(made)}")
         about = {component: provenance(found) for component in found.graphs}
-        components = {n: c for n, c in old.manifest.components.items() if n not in _of_net(old, found.key)}
+        components = {n: c for n, c in old.manifest.components.items() if c.network != found.key}
         components |= added
         _commit(old, components, {**old.manifest.provenance.get("added", {}), **about})
     return Bundle.open(bundle)
@@ -68,10 +68,10 @@ def attach(source: str | Path, bundle: str | Path, name: str | None = None, *, e
 def detach(name: str, bundle: str | Path) -> Bundle:
     """Remove ControlNet `name` and its engines from `bundle`. Raises ExportError where there is none of that name."""
     with _writing(Path(bundle)) as (old, _):
-        if name not in old.controls:
-            have = f"one of {', '.join(old.controls)}" if old.controls else "the name of an attached net; there is none"
+        if name not in old.labels:
+            have = f"one of {', '.join(old.labels)}" if old.labels else "the name of an attached net; there is none"
             raise ExportError(f"{old.path}: got ControlNet {name!r}, expected {have}")
-        gone = _of_net(old, CONTROL + name)
+        gone = old.graphs(old.label(name))
         added = {n: a for n, a in old.manifest.provenance.get("added", {}).items() if n not in gone}
         _commit(old, {n: c for n, c in old.manifest.components.items() if n not in gone}, added)
         engine = re.compile(rf"({'|'.join(gone)})-({'|'.join(engines.BACKENDS)})-[0-9a-f]{{12}}")
@@ -142,8 +142,3 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _of_net(bundle: Bundle, key: str) -> list[str]:
-    """The component `key` and its parts."""
-    return [name for name in bundle.manifest.components if key in (name, bundle.part_of(name))]

@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engines.bundle import MANIFEST, Bundle, LatentSpec, Manifest, TextSpec, hash_file, hash_files, write_manifest
+from engines.bundle import MANIFEST, Bundle, hash_file, hash_files, write_manifest
 from engines.bundle.publish import publish
 from engines.spec import DTYPES
 from export.errors import ExportError
+from export.families.manifest import TOKENIZERS, manifest
 
 if TYPE_CHECKING:
     from export.sources.addition import Addition
     from export.sources.checkpoint import Checkpoint
-
-TOKENIZERS = {"text_encoder": "tokenizer/tokenizer.json", "text_encoder_2": "tokenizer_2/tokenizer.json"}
-"""Text encoder → the file of its tokenizer in a bundle."""
 
 
 def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", force: bool = False,
@@ -58,25 +56,9 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "auto", f
                 components |= export_component(name, source, precision(name, source, dtype), directory, on_stage)
         for text in source.texts:
             save_tokenizer(text.tokenizer, directory / TOKENIZERS[text.name])
-        write_manifest(directory, _manifest(source, components, directory))
+        tokenizers = hash_files(directory, [TOKENIZERS[text.name] for text in source.texts])
+        write_manifest(directory, manifest(source, components, tokenizers, provenance(source)))
     return Bundle.open(output)
-
-
-def _manifest(source: Checkpoint, components: dict[str, Any], directory: Path) -> Manifest:
-    texts = tuple(
-        TextSpec(text.name, TOKENIZERS[text.name], source.max_length, text.tokenizer.pad_token_id,
-                 "penultimate" if source.time_ids else "last",
-                 pooled="text_embeds" if text.name == "text_encoder_2" else "")
-        for text in source.texts)
-    return Manifest(
-        family=source.family, components=components, scheduler=source.scheduler,
-        prediction_type=source.scheduler.get("prediction_type", "epsilon"),
-        latent=LatentSpec(channels=source.vae["latent_channels"], scale=source.scale, shift=source.shift,
-                          factor=source.factor, multiple=source.multiple),
-        text=texts, default_size=source.default_size, extra_channels=source.extra_channels,
-        low_res_scheduler=source.low_res_scheduler, max_noise_level=source.max_noise_level,
-        zero_negative=source.zero_negative,
-        files=hash_files(directory, [text.tokenizer for text in texts]), provenance=provenance(source))
 
 
 def provenance(source: Checkpoint | Addition) -> dict[str, Any]:

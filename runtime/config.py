@@ -71,7 +71,7 @@ class PipelineConfig:
                 raise ValueError(f"tile: got {self.tile} pixels, expected a multiple of {factor}")
         name, dtype, device, why = choose(self.backend, self.dtype, self.device, bundle=bundle, size=size,
                                           batch=self.batch, threads=self.threads)
-        own = bundle.component("unet").dtype
+        own = bundle.dtype
         if backend(name).on_gpu and dtype != own:
             raise EngineError(f"dtype: got {dtype}, expected {own}, that of the graph, which {name} keeps; "
                               f"export the checkpoint with --dtype {dtype}")

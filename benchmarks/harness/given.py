@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.harness import limits
 from benchmarks.harness.turns import Job
-from engines import Bundle, EngineConfig
-from engines.store import store
+from engines import Bundle, EngineConfig, store
+from engines.bundle import resolve_dims
 
 
 def rows(job: Job) -> int:
@@ -23,9 +23,8 @@ def rows(job: Job) -> int:
 def inputs(job: Job) -> dict[str, np.ndarray]:
     """Standard normal float32 inputs by name, the same for everyone; the timestep is 601, the crop of time_ids none."""
     bundle, rng = Bundle.open(job.bundle), np.random.default_rng(0)
-    factor = bundle.manifest.latent.factor
-    dims = {"batch": rows(job), "latent_height": job.height // factor, "latent_width": job.width // factor,
-            "height": job.height, "width": job.width, "sequence": bundle.manifest.text[0].max_length}
+    given = {"batch": rows(job), "height": job.height, "width": job.width, "sequence": bundle.tokens}
+    dims = resolve_dims(bundle.component(job.component).dims, given, bundle.manifest.dims)
     arrays = {spec.name: rng.standard_normal(spec.resolve(dims).empty().shape).astype(np.float32)
               for spec in bundle.component(job.component).inputs}
     fixed = {"timestep": [601], "time_ids": [job.height, job.width, 0, 0, job.height, job.width]}
@@ -42,8 +41,8 @@ def engines_of(job: Job, bundle: Bundle, backend: str, dtype: str, *, whole: boo
     """
     parts = job.component == "unet" and not whole and store.in_parts(bundle, backend)
     names = ("unet_text", "unet_time", "unet_body") if parts else (job.component,)
-    return {name: bundle.config(name, backend=backend, dtype=dtype, batch=rows(job), height=job.height,
-                                width=job.width, **rest) for name in names}
+    return {name: bundle.config(name, backend=backend, dtype=dtype, batch=rows(job),
+                                size=(job.height, job.width), **rest) for name in names}
 
 
 def configure_compiler(job: Job) -> None:

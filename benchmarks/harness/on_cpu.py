@@ -10,8 +10,7 @@ import numpy as np
 
 from benchmarks.harness.given import configure_compiler, engines_of, freeze, inputs, torch_module
 from benchmarks.harness.turns import Contender, Job
-from engines import Bundle
-from engines.store import store
+from engines import Bundle, store
 
 Call = Callable[[], np.ndarray]
 

@@ -20,8 +20,7 @@ from benchmarks.harness import limits
 from benchmarks.harness.given import configure_compiler, engines_of, inputs, torch_module
 from benchmarks.harness.on_cpu import REFERENCE
 from benchmarks.harness.turns import Contender, Job, Run, Timed
-from engines import Bundle, EngineConfig
-from engines.store import store
+from engines import Bundle, EngineConfig, store
 
 TURN = 0.5  # seconds of calls that count in a turn
 WARM = 0.2  # and of those before
@@ -148,8 +147,7 @@ def onnxruntime(dtype: str, job: Job) -> Run:
     config = engines_of(job, bundle, "onnxruntime", dtype, whole=True)[job.component]
     options = ort.SessionOptions()
     for name, value in config.dims.items():
-        if value:
-            options.add_free_dimension_override_by_name(name, value)
+        options.add_free_dimension_override_by_name(name, value)
     with clock():
         tensors = {name: torch.from_numpy(array).cuda() for name, array in feed.items()}
         tensors |= {spec.name: torch.zeros(_shape(spec.shape, config), device="cuda") for spec in component.outputs}

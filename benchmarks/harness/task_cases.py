@@ -66,7 +66,7 @@ class Model:
     def bundle(self) -> Bundle:
         path = self.path / "bundle"
         found = Bundle.open(path) if path.is_dir() else export(self.checkpoint, path, progress=False)
-        for n in range(len(found.controls), self.nets):
+        for n in range(len(found.labels), self.nets):
             found = attach(_tiny().control(self.path / f"net{n}", self.checkpoint, seed=n), path, progress=False)
         return found
 

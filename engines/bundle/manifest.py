@@ -1,37 +1,32 @@
-"""The bundle: a directory of ONNX graphs and a tokenizer whose only index is `manifest.json`.
+"""The manifest: all that engines and the runtime know of a model, as data. `export/families/` writes it.
 
-This file is the manifest's only reader and writer, and needs nothing beyond the standard library and numpy.
+It says what differs between models, so that nothing else asks which model it has: the roles of the networks and the
+graphs that each is cut into, what the denoiser is told and by what, the form of guidance, the latents and the
+scheduler. This file is its only reader and writer, and needs nothing beyond the standard library and numpy.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.bundle.dims import DimSpec
+from engines.spec import EngineError, TensorSpec, parse
 
-FORMAT = 2  # 1 had text-to-image models only
+FORMAT = 3
+"""Version of the manifest. 1 had text-to-image models only, 2 names of components in the place of roles."""
 MANIFEST = "manifest.json"
-CONTROL = "control_"
-"""What the name of a component that is a ControlNet begins with; the net's own name follows."""
-RESIDUAL = "residual_"
-"""What the names of the UNet's inputs begin with that are sums of what ControlNets give."""
-STORE, FIRST, PREVIOUS, HIDDEN = "store", "first_", "previous_", "hidden_"
-"""Inputs of the UNet for videos, and of its outputs: `export.passes.frames`."""
-PARTS = ("text", "time", "hint", "body")
-"""What the names of the graphs end with that `export.passes.hoist` cuts one into: unet_text, unet_time, unet_body."""
-TASKS = {("mask", "masked_image"): "inpaint", ("depth",): "depth-to-image", ("low_resolution",): "upscale"}
-"""Extra channels of a UNet → the one task that such a model does."""
-LARGE = 1 << 26
-"""Bytes from which on the hash of a file is remembered while it is unchanged."""
+STEPS = {"denoise": "denoiser", "tokens": "decode"}
+"""Loop of a model → the role of the network that it runs at every step."""
+ROWS = ("image", "branch")
+"""How the rows of an engine can follow from the images that are drawn together; see `Component`."""
+FORMS = ("none", "classifier-free", "channels", "embedded", "ramp")
+"""Forms of guidance; see `Guidance`."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +43,126 @@ class Check:
     rel_rms: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Component:
-    """One ONNX graph: where it is, what goes in and out, what it holds.
+    """One ONNX graph: where it is, what it is for, what goes in and out.
 
     file: the .onnx file, relative to the bundle. files: every file it needs (external weights too) → sha256.
     dtype: precision of its weights and arithmetic (inputs and outputs are float32 whatever it is).
-    sites: op type → how many single nodes of it the graph has (Attention, GroupNormalization, …).
+    role: what it does: "denoiser", "text_encoder", "first_stage_decoder", "first_stage_encoder", "controlnet" … (of
+    other loops "prefill", "decode" …). network: the network whose weights it computes with, which all graphs of it
+    share; what LoRAs and refits refer to. label: the name that requests have for the network, "" where they have none.
+    part: "" for the whole network; "text", "time" or "hint" for what depends on that alone, "body" for the rest, which
+    runs at every step. variant: "" for the plain network; otherwise a name for one with more inputs and outputs.
+    rows: how many rows its engines have: a number, "image" for one an image, or "branch" for one an image and branch of
+    guidance. sites: op type → how many single nodes of it the graph has (Attention, GroupNormalization …).
     """
 
     file: str
     files: Mapping[str, str]
     dtype: str
+    role: str
+    network: str
+    label: str = ""
+    part: str = ""
+    variant: str = ""
+    rows: int | str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sites: Mapping[str, int]
     check: Check
 
+    def __post_init__(self) -> None:
+        if not (self.rows in ROWS or (type(self.rows) is int and self.rows > 0)):
+            raise EngineError(f"component {self.file}: got rows {self.rows!r}, expected a number of them, or one of "
+                              f"{', '.join(ROWS)}")
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions of its inputs and outputs, "batch" among them."""
+        names = {d: None for spec in (*self.inputs, *self.outputs) for d in spec.shape if isinstance(d, str)}
+        return tuple({"batch": None, **names})
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups of tensors that it is given."""
+        return frozenset(spec.group for spec in self.inputs if spec.group)
+
+    def row_counts(self, batch: int) -> tuple[int, ...]:
+        """Return the batches of its engines for `batch` images drawn together: without guidance, and with it."""
+        if isinstance(self.rows, int):
+            return (self.rows,)
+        return (batch,) if self.rows == "image" else (batch, 2 * batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """One thing that the denoiser is told beside sample and time.
+
+    meaning: "text", "pooled_text", "sizes", "noise_level", "mask", "masked_image", "depth", "low_resolution", "class",
+    "boxes", "segmentation" … input: the denoiser's input that it goes to. source: what makes it: a "text_encoder",
+    "numbers" of the request, its "label", its "picture" at the latents' size, its picture through the "first_stage" or
+    through an "image_encoder" …
+    fields: the options of a request whose numbers it is made of, in their order. channels: how many it joins to the
+    sample's, 0 for an input of its own. classes: how many there are, of a class, of boxes or of a segmentation. null:
+    the label that stands for none, in the row without the condition. slots: how many boxes a request may bring, and
+    grid: in how many places a side they lie.
+    """
+
+    meaning: str
+    input: str
+    source: str
+    fields: tuple[str, ...] = ()
+    channels: int = 0
+    classes: int = 0
+    null: int | None = None
+    slots: int = 0
+    grid: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How a prediction is pushed towards the conditions.
+
+    form: "none"; "classifier-free" (arXiv 2207.12598), on all channels; "channels", the same on the first `channels`
+    of them; "ramp", with a scale that grows over the frames; "embedded", where the scale is the denoiser's `input`.
+    negative: what the row without the conditions is told where a request has no negative prompt: the text of the empty
+    "prompt", or "zeros".
+    """
+
+    form: str = "classifier-free"
+    negative: str = "prompt"
+    channels: int = 0
+    input: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("form", self.form, FORMS), ("negative", self.negative, ("prompt", "zeros"))):
+            if value not in known:
+                raise EngineError(f"manifest guidance {name}: got {value!r}, expected one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What is drawn: latent = (encoder mean − shift) · scale.
+
+    factor: pixels a latent, along each side. multiple: sizes are multiples of so many latents. frames: pictures that
+    are drawn together, of a video.
+    """
+
+    channels: int
+    scale: float
+    shift: float
+    factor: int
+    multiple: int
+    frames: int = 1
+
 
 @dataclass(frozen=True)
 class TextSpec:
-    """One tokenizer and text encoder: files, tokens per prompt, and the hidden layer that the UNet is given.
+    """One tokenizer and text encoder: files, tokens a prompt, and the hidden layer that the denoiser is given.
 
-    hidden_layer: "last" (after the final norm) or "penultimate" (without a norm). pooled: the output that is the UNet's
-    input text_embeds, "" where it takes none. The hidden states of several encoders are joined along their width.
+    hidden_layer: "last" (after the final norm) or "penultimate" (without a norm). pooled: the output that is the
+    denoiser's pooled text; "" where there is none. kind: how its tokenizer splits a prompt.
     """
 
     component: str
@@ -80,203 +171,77 @@ class TextSpec:
     pad_id: int
     hidden_layer: str
     pooled: str = ""
+    kind: str = "clip"
 
 
-@dataclass(frozen=True)
-class LatentSpec:
-    """latent = (encoder mean − shift) · scale; `factor` pixels a latent; sizes are multiples of `multiple` latents."""
-
-    channels: int
-    scale: float
-    shift: float
-    factor: int
-    multiple: int
-
-
-@dataclass(frozen=True)
-class ExtraChannels:
-    """UNet input channels after the latent ones: what they mean ("mask", "masked_image", "depth" …) and how many."""
-
-    meaning: str
-    channels: int
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything the runtime knows of a model. scheduler is the checkpoint's own scheduler_config, `_class_name` too.
+    """Everything that the runtime knows of a model.
 
+    kind: "latent-diffusion", "pixel-diffusion", "codes" … loop: what draws, a key of STEPS. family: of models, for
+    people. tasks: what it does, the first where a request does not say. conditions: what the denoiser is told. dims:
+    the dimensions of the graphs that follow from others, or have one size. first_stage: "kl", "vq" or "none".
+    scheduler: the checkpoint's own scheduler_config, `_class_name` too. low_res_scheduler, max_noise_level: of an
+    upscaler, the schedule of the noise in its low-resolution input and the highest level of it. default_size: (height,
+    width) in pixels. defaults: values of options that a request leaves open and that are not the runtime's own.
     files: bundle files that belong to no component (tokenizer) → sha256. provenance: source, its hash, exporter and
-    library versions, date. default_size: (height, width) pixels. low_res_scheduler, max_noise_level: of an upscaler,
-    the schedule of the noise in its low-resolution input and the highest level of it. zero_negative: without a negative
-    prompt the text is zeros, not that of the empty prompt.
+    library versions, date.
     """
 
+    format: int = FORMAT
+    kind: str = "latent-diffusion"
+    loop: str = "denoise"
     family: str
+    tasks: tuple[str, ...]
     components: Mapping[str, Component]
+    conditions: tuple[Condition, ...] = ()
+    guidance: Guidance = Guidance()
+    latent: LatentSpec
+    first_stage: str = "kl"
+    text: tuple[TextSpec, ...] = ()
+    dims: Mapping[str, DimSpec] = field(default_factory=dict)
     scheduler: Mapping[str, Any]
     prediction_type: str
-    latent: LatentSpec
-    text: tuple[TextSpec, ...]
-    default_size: tuple[int, int]
-    files: Mapping[str, str]
-    provenance: Mapping[str, Any]
-    extra_channels: tuple[ExtraChannels, ...] = ()
     low_res_scheduler: Mapping[str, Any] | None = None
     max_noise_level: int = 0
-    zero_negative: bool = False
-    format: int = FORMAT
+    default_size: tuple[int, int]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str]
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.loop not in STEPS:
+            raise EngineError(f"manifest loop: got {self.loop!r}, expected one of {', '.join(STEPS)}")
+        if not self.tasks:
+            raise EngineError("manifest tasks: got none, expected what the model does; export the checkpoint again")
 
     @property
-    def meanings(self) -> tuple[str, ...]:
-        """What the UNet's extra input channels mean."""
-        return tuple(extra.meaning for extra in self.extra_channels)
+    def joined(self) -> tuple[Condition, ...]:
+        """The conditions whose channels are joined to the sample's, in their order."""
+        return tuple(condition for condition in self.conditions if condition.channels)
 
-    @property
-    def time_ids(self) -> int:
-        """Numbers that the UNet takes for sizes and the like: 6 in Stable Diffusion XL, 5 in its refiner, else 0."""
-        return next((int(spec.shape[1]) for spec in self.components["unet"].inputs if spec.name == "time_ids"), 0)
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """What the model does: `runtime/tasks/tasks.py` says what each is."""
-        if self.meanings:
-            return (TASKS[self.meanings],)
-        encodes = "vae_encoder" in self.components
-        found: tuple[str, ...] = ("text-to-image", "image-to-image", "inpaint", "invert") if encodes \
-            else ("text-to-image",)
-        if encodes and "unet_frames" in self.components:
-            found += ("video",)
-        return found if self.time_ids != 5 else found[1:]
+    def condition(self, meaning: str) -> Condition | None:
+        """Return the condition of this meaning, None where the model is not told such."""
+        return next((condition for condition in self.conditions if condition.meaning == meaning), None)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def parse(cls: Any, data: Any, where: str, do: str = "export the bundle again with this version") -> Any:
-    """Build dataclass `cls` from a JSON object; unknown and missing keys raise EngineError naming `where` and `do`."""
-    if not isinstance(data, dict):
-        raise EngineError(f"{where}: got {type(data).__name__}, expected an object")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING
-                and f.default_factory is dataclasses.MISSING}
-    if unknown := set(data) - set(fields):
-        raise EngineError(f"{where}: got unknown keys {sorted(unknown)}; {do}")
-    if missing := required - set(data):
-        raise EngineError(f"{where}: missing keys {sorted(missing)}; {do}")
-    return cls(**data)
-
-
-def _tensors(data: Any, where: str) -> tuple[TensorSpec, ...]:
-    return tuple(parse(TensorSpec, {**d, "shape": tuple(d["shape"])}, where) for d in data)
-
-
-def _component(data: dict[str, Any], where: str) -> Component:
-    return parse(Component, {**data, "inputs": _tensors(data["inputs"], where),
-                              "outputs": _tensors(data["outputs"], where),
-                              "check": parse(Check, data["check"], f"{where}: check")}, where)
-
-
-def _manifest(data: dict[str, Any], where: str) -> Manifest:
-    version = data.get("format")
-    if not isinstance(version, int) or version > FORMAT:
-        raise EngineError(f"{where}: got bundle format {version!r}, this version reads up to {FORMAT}; "
-                          "update latentrt or export the checkpoint again")
+def read_manifest(directory: Path) -> Manifest:
+    """Read `directory`/manifest.json. Raises EngineError where it is damaged or of another format."""
+    file, do = directory / MANIFEST, f"export the checkpoint again: python -m export CHECKPOINT -o {directory} --force"
     try:
-        return parse(Manifest, {
-            **data,
-            "components": {n: _component(c, f"{where}: component {n}") for n, c in data["components"].items()},
-            "latent": parse(LatentSpec, data["latent"], f"{where}: latent"),
-            "text": tuple(parse(TextSpec, t, f"{where}: text") for t in data["text"]),
-            "extra_channels": tuple(parse(ExtraChannels, e, f"{where}: extra_channels")
-                                    for e in data.get("extra_channels", ())),
-            "default_size": tuple(data["default_size"]),
-        }, where)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise EngineError(f"{where}: not a latentrt manifest ({e!r}); export the checkpoint again") from e
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """An opened bundle: where it is and what its manifest says."""
-
-    path: Path
-    manifest: Manifest = field(repr=False)
-
-    @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Read `path`/manifest.json. Raises EngineError where it is missing, damaged or of a newer format."""
-        path = Path(path)
-        file = path / MANIFEST
-        if not file.is_file():
-            found = "a file" if path.is_file() else "a directory without one" if path.is_dir() else "nothing"
-            raise EngineError(f"{path}: got {found}, expected a bundle (a directory with {MANIFEST}); "
-                              f"make one with: python -m export CHECKPOINT -o {path}")
-        try:
-            data = json.loads(file.read_text(encoding="utf8"))
-        except ValueError as e:
-            raise EngineError(f"{file}: not JSON ({e}); export the checkpoint again") from e
-        if not isinstance(data, dict):
-            raise EngineError(f"{file}: got {type(data).__name__}, expected an object; export the checkpoint again")
-        return cls(path, _manifest(data, str(file)))
-
-    def component(self, name: str) -> Component:
-        """Raises EngineError for a component that the bundle does not have."""
-        try:
-            return self.manifest.components[name]
-        except KeyError as e:
-            raise EngineError(f"{self.path}: got component {name!r}, "
-                              f"expected one of {', '.join(self.manifest.components)}") from e
-
-    @property
-    def tokens(self) -> int:
-        """Of a prompt, as the UNet is given it."""
-        return max(text.max_length for text in self.manifest.text)
-
-    def part_of(self, name: str) -> str | None:
-        """The component that `name` is a part of ("unet" for "unet_text"), None where it is whole itself."""
-        whole, _, part = name.rpartition("_")
-        return whole if part in PARTS and whole in self.manifest.components else None
-
-    @property
-    def controls(self) -> tuple[str, ...]:
-        """Names of the ControlNets that are attached."""
-        return tuple(name.removeprefix(CONTROL) for name in self.manifest.components
-                     if name.startswith(CONTROL) and not self.part_of(name))
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError, naming the nearest size that fits, unless the model can draw height x width pixels."""
-        latent = self.manifest.latent
-        step = latent.factor * latent.multiple
-        if min(height, width) < step or height % step or width % step:
-            near = "x".join(str(max(step, round(side / step) * step)) for side in (height, width))
-            raise ValueError(f"size: got {height}x{width} (height x width), expected multiples of {step} pixels "
-                             f"(VAE factor {latent.factor} x UNet depth {latent.multiple}); try {near}")
-
-    def config(self, name: str, *, backend: str, height: int, width: int, batch: int, dtype: str = "fp32",
-               sequence: int = 0, **rest: Any) -> EngineConfig:
-        """The EngineConfig of component `name` for pictures of height×width pixels and `batch` rows.
-
-        sequence: tokens of the text; 0 for those of one prompt. Only the dimensions that the component has are set, so
-        that one text encoder serves every picture size.
-        """
-        component = self.component(name)
-        factor = self.manifest.latent.factor
-        values: dict[str, Any] = {
-            "height": height, "width": width, "latent_height": height // factor, "latent_width": width // factor,
-            "sequence": sequence or self.tokens}
-        used = {d for spec in (*component.inputs, *component.outputs) for d in spec.shape if isinstance(d, str)}
-        return EngineConfig(backend=backend, dtype=dtype, batch=batch,
-                            **{k: v for k, v in values.items() if k in used}, **rest)
-
-    def verify(self, files: Mapping[str, str]) -> None:
-        """Hash `files` (relative path → sha256). Raises EngineError naming the first that is missing or differs."""
-        with ThreadPoolExecutor() as pool:
-            found = list(pool.map(lambda name: _hash_or_none(self.path / name), files))
-        for (name, expected), got in zip(files.items(), found, strict=True):
-            if got != expected:
-                state = "missing" if got is None else f"damaged (got sha256 {got[:12]}, expected {expected[:12]})"
-                raise EngineError(f"{self.path / name} is {state}; "
-                                  f"export it again: python -m export CHECKPOINT -o {self.path} --force")
+        data = json.loads(file.read_text(encoding="utf8"))
+    except ValueError as e:
+        raise EngineError(f"{file}: not JSON ({e}); {do}") from e
+    if not isinstance(data, dict):
+        raise EngineError(f"{file}: got {type(data).__name__}, expected an object; {do}")
+    if (version := data.get("format")) != FORMAT:
+        newer = isinstance(version, int) and version > FORMAT
+        raise EngineError(f"{file}: got bundle format {version!r}, expected {FORMAT}; "
+                          f"{'update latentrt, or ' if newer else ''}{do}")
+    return parse(Manifest, data, str(file), do)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -285,34 +250,3 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     new = directory / f".{MANIFEST}.tmp"
     new.write_text(text, encoding="utf8")
     os.replace(new, directory / MANIFEST)
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, as hex.
-
-    That of a large file is kept: the parts of a UNet share one weights file. Hashing it takes longer than a tick of
-    the clock that says when a file was changed, so a change is never missed.
-    """
-    about = path.stat()
-    if about.st_size < LARGE:
-        return _hash(path)
-    return _hash_unchanged(path, about.st_ino, about.st_size, about.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_unchanged(path: Path, inode: int, size: int, changed: int) -> str:
-    return _hash(path)
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """Relative name → sha256 for files of `directory`."""
-    return {name: hash_file(directory / name) for name in names}
-
-
-def _hash_or_none(path: Path) -> str | None:
-    return hash_file(path) if path.is_file() else None

@@ -14,11 +14,6 @@ from pathlib import Path
 from engines.spec import EngineError
 
 
-def user_cache() -> Path:
-    """Where this user's caches are: $XDG_CACHE_HOME/latentrt, or ~/.cache/latentrt. It may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentrt"
-
-
 class BusyError(EngineError):
     """Another process is writing the same directory."""
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 import engines
+from engines import store
 from engines.backend import Engine, Target
 from engines.bundle import Bundle, Manifest
 from engines.check import verify
 from engines.check.verify import Difference, difference
 from engines.spec import EngineConfig, EngineError
-from engines.store import store
 
 UNET, BODY, DECODER = "unet", "unet_body", "vae_decoder"
 STEPS, GUIDANCE = 20, 7.5
@@ -89,7 +89,7 @@ def compare(bundle: Bundle, found: Mapping[Path, store.Record], *, steps: int = 
     plan = schedule(bundle.manifest, steps)
     sizes: dict[tuple[int, ...], list[Path]] = {}
     for path, record in found.items():
-        sizes.setdefault((record.config.latent_height, record.config.latent_width), []).append(path)
+        sizes.setdefault(_pixels(bundle, record.config), []).append(path)
     trajectories = []
     with tqdm(total=(len(sizes) + len(found)) * steps, unit="step", disable=None if progress else True) as bar:
         for paths in sizes.values():
@@ -100,9 +100,10 @@ def compare(bundle: Bundle, found: Mapping[Path, store.Record], *, steps: int = 
 def _of_one_size(bundle: Bundle, found: Mapping[Path, store.Record], plan: Schedule, guidance: float, seed: int,
                  bar: Any) -> list[Trajectory]:
     latent, (height, width) = bundle.manifest.latent, _pixels(bundle, next(iter(found.values())).config)
-    own = bundle.config(UNET, backend="onnxruntime", height=height, width=width, batch=2)
+    own = bundle.config(UNET, backend="onnxruntime", size=(height, width), batch=2)
     text, time = _conditions(bundle, own, seed), {"timestep": np.array(plan.timesteps, np.float32)}
-    start = np.random.default_rng(seed).standard_normal((1, latent.channels, own.latent_height, own.latent_width))
+    shape = 1, latent.channels, own.dims["latent_height"], own.dims["latent_width"]
+    start = np.random.default_rng(seed).standard_normal(shape)
     runs: dict[Path | None, list[np.ndarray]] = {}
 
     def denoised(engine: Engine, name: str, text: Arrays, time: Arrays) -> list[np.ndarray]:
@@ -214,7 +215,7 @@ def _from_parts(bundle: Bundle, config: EngineConfig, text: Arrays, time: Arrays
     """`text` and `time`, and what the engines of the UNet's parts of this config's kind make of them for its body."""
     text, time = dict(text), dict(time)
     for name in bundle.manifest.components:
-        if bundle.part_of(name) == UNET and name != BODY:
+        if bundle.component(name).part in ("text", "time") and bundle.component(name).network == UNET:
             _, own = store.plan(bundle, config.backend, sizes=[_pixels(bundle, config)], dtype=config.dtype,
                                 components=[name], device=config.device, threads=config.threads,
                                 options=config.options)[-1]
@@ -232,7 +233,7 @@ def _conditions(bundle: Bundle, config: EngineConfig, seed: int) -> dict[str, np
     specs = {s.name: s.resolve(config.dims) for s in bundle.component(UNET).inputs}
     feed = verify.inputs([spec for name, spec in specs.items() if name not in ("sample", "timestep")], seed)
     text = bundle.manifest.text[0].component
-    own = bundle.config(text, backend="onnxruntime", height=0, width=0, batch=2)
+    own = bundle.config(text, backend="onnxruntime", batch=2)
     tokens = verify.inputs([s.resolve(own.dims) for s in bundle.component(text).inputs], seed)
     states = {value.shape: value for value in verify.reference(bundle, text, own, tokens).values()}
     return {name: states.get(value.shape, value) for name, value in feed.items()}
@@ -241,12 +242,13 @@ def _conditions(bundle: Bundle, config: EngineConfig, seed: int) -> dict[str, np
 def _decode(bundle: Bundle, height: int, width: int,
             latents: Mapping[Path | None, np.ndarray]) -> dict[Path | None, np.ndarray]:
     """Pictures [1, 3, height, width] in [0, 1] by the reference decoder."""
-    config = bundle.config(DECODER, backend="onnxruntime", height=height, width=width, batch=1)
+    config = bundle.config(DECODER, backend="onnxruntime", size=(height, width), batch=1)
     with verify.open_reference(Target.of(bundle, DECODER, config)) as engine:
         return {path: np.clip(verify.run(engine, {"latents": x})["image"] / 2 + 0.5, 0, 1)
                 for path, x in latents.items()}
 
 
 def _pixels(bundle: Bundle, config: EngineConfig) -> tuple[int, int]:
-    factor = bundle.manifest.latent.factor
-    return config.latent_height * factor, config.latent_width * factor
+    size = bundle.picture_size(config)
+    assert size
+    return size

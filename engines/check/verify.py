@@ -152,15 +152,16 @@ def open_reference(target: Target) -> Iterator[Engine]:
 
 
 def inputs(specs: Iterable[TensorSpec], seed: int) -> dict[str, np.ndarray]:
-    """Seeded values: timesteps and sizes (time_ids) in [0, 1000), other floats standard normal, token ids below 256."""
+    """Return seeded values by name: of a spec's span, else standard normal numbers, or whole ones below 256."""
     rng = np.random.default_rng(seed)
     feed = {}
     for spec in specs:
         shape = tuple(int(d) for d in spec.shape)
         if np.dtype(spec.dtype).kind != "f":
-            feed[spec.name] = rng.integers(0, 256, shape).astype(spec.dtype)
-        elif spec.name in ("timestep", "time_ids"):
-            feed[spec.name] = rng.uniform(0, 1000, shape).astype(spec.dtype)
+            low, high = spec.span or (0, 256)
+            feed[spec.name] = rng.integers(int(low), int(high), shape).astype(spec.dtype)
+        elif spec.span is not None:
+            feed[spec.name] = rng.uniform(*spec.span, shape).astype(spec.dtype)
         else:
             feed[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
     return feed

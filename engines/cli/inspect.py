@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import engines
+from engines import store
 from engines.backend import Layer, Target
-from engines.bundle import Bundle
+from engines.bundle import Bundle, Condition
 from engines.check import verify
 from engines.cli import layers
 from engines.cli import tables as show
 from engines.machine.cpu import resident_memory
 from engines.spec import EngineError, TensorSpec
-from engines.store import store
 
 CALLS = 5
 """Profiled calls of an engine, after a first."""
@@ -46,14 +46,8 @@ def describe(bundle: Bundle, path: Path) -> dict[str, Any]:
 
 def read(bundle: Bundle, path: Path) -> store.Record:
     """The record of an engine. Raises EngineError with the command that makes it again where it is damaged."""
-    command = f"python -m engines build {bundle.path} --backend {backend_of(path)} --rebuild"
+    command = f"python -m engines build {bundle.path} --backend {store.backend_of(path)} --rebuild"
     return store.Record.read(path, f"build it again: {command}")
-
-
-def backend_of(path: Path) -> str:
-    """By the engine's name, COMPONENT-BACKEND-KEY: its record may be damaged."""
-    name = path.name.rpartition("-")[0]
-    return max((backend for backend in engines.BACKENDS if name.endswith(f"-{backend}")), key=len, default="BACKEND")
 
 
 def engine_table(found: list[dict[str, Any]], bundle: str | Path) -> str:
@@ -71,13 +65,15 @@ def bundle_text(bundle: Bundle) -> str:
     """What a bundle holds, for people."""
     manifest = bundle.manifest
     latent = manifest.latent
-    lines = [f"{bundle.path}: {manifest.family}, format {manifest.format}, {manifest.prediction_type} prediction, "
-             f"{manifest.scheduler.get('_class_name', 'unnamed')}, {'x'.join(map(str, manifest.default_size))} pixels",
+    lines = [f"{bundle.path}: {manifest.kind}, {manifest.family}, format {manifest.format}, "
+             f"{manifest.prediction_type} prediction, {manifest.scheduler.get('_class_name', 'unnamed')}, "
+             f"{'x'.join(map(str, manifest.default_size))} pixels",
              f"latents: {latent.channels} channels, scale {latent.scale:g}, shift {latent.shift:g}, "
              f"{latent.factor} pixels each",
              f"tasks: {', '.join(manifest.tasks)}",
-             *([f"ControlNets: {', '.join(bundle.controls)}"] if bundle.controls else [])]
-    lines += [f"extra denoiser channels: {extra.channels} of {extra.meaning}" for extra in manifest.extra_channels]
+             f"guidance: {manifest.guidance.form}",
+             *([f"attached: {', '.join(bundle.labels)}"] if bundle.labels else [])]
+    lines += [f"condition: {_told(condition)}" for condition in manifest.conditions]
     lines += [f"text: {text.component} gives {text.hidden_layer}, {text.max_length} tokens by {text.tokenizer}"
               for text in manifest.text]
     components = show.table(
@@ -88,6 +84,13 @@ def bundle_text(bundle: Bundle) -> str:
          for name, c in manifest.components.items()])
     provenance = [f"  {name}: {_plain(value)}" for name, value in manifest.provenance.items()]
     return "\n".join([*lines, "", components, "", "provenance", *provenance])
+
+
+def _told(condition: Condition) -> str:
+    """Return a condition in words."""
+    fields = f" ({', '.join(condition.fields)})" if condition.fields else ""
+    channels = f", {condition.channels} channels beside the sample" if condition.channels else ""
+    return f"{condition.meaning} from {condition.source}{fields} to {condition.input}{channels}"
 
 
 def look_inside(bundle: Bundle, path: Path, profile: bool) -> dict[str, Any]:

@@ -153,8 +153,7 @@ class OnnxRuntimeEngine(Engine):
         ort = _vendor()
         options = ort.SessionOptions()
         for name, value in self._config.dims.items():
-            if value:
-                options.add_free_dimension_override_by_name(name, value)
+            options.add_free_dimension_override_by_name(name, value)
         options.intra_op_num_threads = self._config.threads or physical_cores()
         options.log_severity_level = 3
         if self._profile:

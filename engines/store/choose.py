@@ -7,21 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import engines
+from engines.backend import BACKENDS
+from engines.backend import backend as opened
 from engines.bundle import Bundle
 from engines.check import verify
 from engines.cli.tables import duration
 from engines.machine.gpu import gpus
 from engines.spec import DTYPES, EngineConfig, EngineError
-from engines.store import store
+from engines.store.places import engine_directories
+from engines.store.record import Record, stale
 
 PREFERENCE = {"cuda": ("tensorrt", "tensorrt-rtx", "inductor"), "cpu": ("openvino", "onnxruntime", "inductor")}
 """Kind of device, a GPU before the CPU → backends, the one to be preferred first: it is usually the fastest there."""
 
-STEP = ("unet", "unet_body")
-"""What a step runs: the UNet, whole or without what can be computed before."""
-
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
@@ -67,7 +66,7 @@ def choose(backend: str = "auto", dtype: str = "auto", device: str = "auto", *, 
         chosen = next(one for one in times if one == preferred or _is_usable(one, build))
     why = _why(chosen, times, "asked for" if backend != "auto" else "preferred of what can be used here")
     if "auto" in (backend, dtype):
-        log.info("backend %s, computing in %s on %s: %s", *chosen, why)
+        logger.info("backend %s, computing in %s on %s: %s", *chosen, why)
     return Choice(*chosen, why)
 
 
@@ -75,12 +74,12 @@ def _preferred(backend: str, dtype: str, device: str, bundle: Bundle | None, bui
     name, own = _asked_for(backend, device) if backend != "auto" else _first(dtype, device, build)
     if dtype == "auto":
         on_gpu = not own.startswith("cpu")
-        dtype = bundle.component("unet").dtype if bundle and on_gpu else str(engines.backend(name).dtypes()[0])
+        dtype = bundle.dtype if bundle and on_gpu else opened(name).dtypes()[0]
     return Candidate(name, dtype, own)
 
 
 def _asked_for(backend: str, device: str) -> tuple[str, str]:
-    module = engines.backend(backend)
+    module = opened(backend)
     if reason := module.available():
         raise EngineError(reason)
     if device == "auto":
@@ -100,7 +99,7 @@ def _first(dtype: str, device: str, build: bool) -> tuple[str, str]:
         except EngineError as e:
             missing.append(str(e))
             continue
-        if dtype in ("auto", *engines.backend(name).dtypes()):
+        if dtype in ("auto", *opened(name).dtypes()):
             return name, own
         found = found or (name, own)
     if not found:
@@ -113,14 +112,14 @@ def _in_order(device: str) -> Iterator[tuple[str, str]]:
     """(backend, device) by preference; nothing is asked of a backend for GPUs on a machine without one."""
     for kind, names in PREFERENCE.items():
         if device == "auto" and (kind == "cpu" or gpus()):
-            yield from ((name, "cpu" if kind == "cpu" else "cuda:0") for name in names if name in engines.BACKENDS)
+            yield from ((name, "cpu" if kind == "cpu" else "cuda:0") for name in names if name in BACKENDS)
         elif device != "auto" and (kind == "cpu") == device.startswith("cpu"):
-            yield from ((name, device) for name in names if name in engines.BACKENDS)
+            yield from ((name, device) for name in names if name in BACKENDS)
 
 
 def _device(name: str, device: str, build: bool) -> str:
     """`device`. Raises EngineError where backend `name` cannot use it."""
-    module = engines.backend(name)
+    module = opened(name)
     if reason := module.available():
         raise EngineError(reason)
     known = module.devices()
@@ -143,31 +142,37 @@ def _is_usable(one: Candidate, build: bool) -> bool:
 
 
 def _measured(bundle: Bundle, size: tuple[int, int] | None, batch: int, threads: int) -> dict[Candidate, float]:
-    """Seconds of a call of every engine that the runtime would use and that was measured here, the fastest first."""
-    height, width = size or bundle.manifest.default_size
-    here, found = verify.machines(), {}
-    for path in store.engine_directories(bundle):
-        record = _record(path) if path.name.startswith(STEP) else None
-        if record is None or record.component not in STEP or record.timing is None or record.timing.machine not in here:
+    """Return the seconds of a step of every engine that was measured here and would be used, the fastest first.
+
+    A step is a call of the denoiser, whole or without what can be computed before, for both branches of guidance.
+    """
+    size = size or bundle.manifest.default_size
+    steps = {name: c for name, c in bundle.graphs(bundle.denoiser).items() if c.part in ("", "body") and not c.variant}
+    here, times = verify.machines(), {}
+    for path in engine_directories(bundle):
+        record = _record(path) if path.name.startswith(tuple(f"{name}-" for name in steps)) else None
+        if record is None or record.timing is None:
             continue
-        own = record.config
-        wanted = bundle.config(record.component, backend=own.backend, dtype=own.dtype, device=own.device,
-                               threads=threads, height=height, width=width, batch=2 * batch)
-        if own == wanted and _fresh(bundle, record):
-            found[Candidate(own.backend, own.dtype, own.device)] = record.timing.seconds
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+        if record.component not in steps or record.timing.machine not in here:
+            continue
+        config = record.config
+        wanted = bundle.config(record.component, backend=config.backend, dtype=config.dtype, device=config.device,
+                               threads=threads, size=size, batch=steps[record.component].row_counts(batch)[-1])
+        if config == wanted and _fresh(bundle, record):
+            times[Candidate(config.backend, config.dtype, config.device)] = record.timing.seconds
+    return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
-def _record(path: Path) -> store.Record | None:
+def _record(path: Path) -> Record | None:
     try:
-        return store.Record.read(path, "")
+        return Record.read(path, "")
     except EngineError:
         return None  # whoever loads it is told
 
 
-def _fresh(bundle: Bundle, record: store.Record) -> bool:
+def _fresh(bundle: Bundle, record: Record) -> bool:
     try:
-        return store.stale(bundle, record) is None
+        return stale(bundle, record) is None
     except EngineError:  # its backend is not installed
         return False
 
@@ -176,5 +181,5 @@ def _why(chosen: Candidate, times: dict[Candidate, float], otherwise: str) -> st
     others = ", ".join(f"{one} {duration(seconds)}" for one, seconds in times.items() if one != chosen)
     if chosen not in times:
         return otherwise + (f"; not measured here yet, unlike {others}" if others else "")
-    return f"{duration(times[chosen])} a UNet call, " + (
+    return f"{duration(times[chosen])} a step, " + (
         f"the fastest measured here ({others})" if others else "the only one measured here")

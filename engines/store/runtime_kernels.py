@@ -14,21 +14,21 @@ import sys
 from pathlib import Path
 
 import kernels
-from engines.bundle import Bundle, hash_files
+from engines.bundle import Bundle
 from engines.spec import EngineError
-from engines.store import store
+from engines.store import places, sources
 from kernels.aot.artefact import Artefact, KernelError, arch_for
-from kernels.calls import OPS, SOURCES
+from kernels.calls import OPS
 
 NEEDED = ("step_input_fp32", "accumulate_fp32", "to_image_fp32_planes",
           *(f"guidance_step_fp32_memory{memory}" for memory in (1, 3, 7)))
 """Artefacts without which nothing runs; engines take and give float32 (docs/adr/0003-float32-at-the-border.md)."""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def runtime_kernels(bundle: Bundle, arch: str) -> Path:
-    """The directory of the artefacts for GPUs of `arch` ("sm_90"), built first where they are not there.
+    """Return the directory of the artefacts for GPUs of `arch` ("sm_90"), built first where they are not there.
 
     Raises EngineError where they cannot be built here, naming the command that does it where triton is.
     """
@@ -36,20 +36,20 @@ def runtime_kernels(bundle: Bundle, arch: str) -> Path:
         arch = arch_for(int(arch.removeprefix("sm_")))
     except KernelError as e:
         raise EngineError(str(e)) from e
-    package = Path(kernels.__file__).parent
-    digest = hashlib.sha256(repr(sorted(hash_files(package, SOURCES).items())).encode()).hexdigest()
-    name = f"{store.KERNELS}{digest[:12]}"
-    for root in store.roots(bundle):
+    files = sources.hashes("kernels.calls", *(f"kernels.triton.{op}" for op in OPS))
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    name = f"{places.KERNELS}{digest[:12]}"
+    for root in places.roots(bundle):
         if _complete(root / name, arch):
             return root / name
-    directory = store.writable_root(bundle) / name
+    directory = places.writable_root(bundle) / name
     _build(directory, arch)
     return directory
 
 
 def _build(directory: Path, arch: str) -> None:
     command = ["python", "-m", "kernels", "build", "--op", ",".join(OPS), "--arch", arch, "-o", str(directory)]
-    log.info("compiling the runtime's kernels for %s: %s", arch, shlex.join(command))
+    logger.info("compiling the runtime's kernels for %s: %s", arch, shlex.join(command))
     done = subprocess.run([sys.executable, *command[1:]], cwd=Path(kernels.__file__).parent.parent, text=True,
                           capture_output=True, check=False)
     if done.returncode or not _complete(directory, arch):

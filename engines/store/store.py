@@ -1,110 +1,57 @@
-"""The engine cache: BUNDLE/engines/<component>-<backend>-<key>/ with `engine.json` and what the backend wrote.
-"""
+"""The engine cache: BUNDLE/engines/<component>-<backend>-<key>/ with `engine.json` and what the backend wrote."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
-import hashlib
-import json
 import logging
-import os
-import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import engines
-from engines.backend import Engine, Target
-from engines.bundle import Bundle, Check, hash_file, hash_files, parse
-from engines.bundle.publish import BusyError, publish, user_cache
+from engines.backend import Engine, Target, backend
+from engines.bundle import Bundle, hash_file, hash_files
+from engines.bundle.publish import BusyError, publish
 from engines.check import refit as verify_refit
 from engines.check import verify
-from engines.check.verify import Timing
 from engines.spec import EngineConfig, EngineError
-from engines.store import sources
+from engines.store.places import engine_directories, roots, writable_root
+from engines.store.plan import plan
+from engines.store.record import OWN, RECORD, Record, changes, directory_name, key
+from engines.store.runtime_kernels import runtime_kernels
+from engines.store.words import rebuild_command, rows
 
-FORMAT = 2  # 1 had no timing
-RECORD = "engine.json"
-KERNELS = "kernels-"
-"""What the directory of the runtime's own kernels begins with (`engines/store/runtime_kernels.py`); it is no engine."""
-OWN = ("component.", "source.", "versions.kernels")
-"""Parts of a key that are the bundle's or this project's own; all others are the machine and the vendor's library."""
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Record:
-    """What `engine.json` says. key: all that the engine depends on, whose sha256 names the directory.
-
-    files: what the backend wrote → sha256. check: figures against the reference, None where the build skipped it.
-    timing: what a call takes, measured together with the check; None where that was skipped, or built by format 1.
-    """
-
-    component: str
-    config: EngineConfig
-    key: Mapping[str, Any]
-    files: Mapping[str, str]
-    check: Check | None
-    build_seconds: float
-    date: str
-    timing: Timing | None = None
-    format: int = FORMAT
-
-    @classmethod
-    def read(cls, path: Path, do: str) -> Record:
-        """Read engine directory `path`. Raises EngineError ending in `do` where it is damaged or of a newer format."""
-        file = path / RECORD
-        try:
-            data = json.loads(file.read_text(encoding="utf8"))
-            if data["format"] > FORMAT:
-                raise EngineError(f"{file}: got engine format {data['format']}, this version reads up to {FORMAT}; "
-                                  f"update latentrt, or {do}")
-            data["config"] = EngineConfig.from_json(data["config"])
-            data["check"] = data["check"] and parse(Check, data["check"], str(file), do)
-            data["timing"] = data.get("timing") and parse(Timing, data["timing"], str(file), do)
-            return parse(cls, data, str(file), do)
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise EngineError(f"{file}: not a readable engine record ({e!r}); {do}") from e
-
-    def write(self, directory: Path) -> None:
-        text = json.dumps({**dataclasses.asdict(self), "config": self.config.to_json()}, indent=1)
-        (directory / RECORD).write_text(text + "\n", encoding="utf8")
+logger = logging.getLogger(__name__)
 
 
 def load(bundle: Bundle, component: str, config: EngineConfig) -> Engine:
-    """The engine of one component, built first where there is none.
+    """Return the engine of one component, built first where there is none.
 
     What is about to be loaded is hashed; a file that is missing or differs raises EngineError naming the command that
     makes it again. So does an engine of this config that was built for another device, driver or library version,
     where there is none for this one.
     """
     path = find(bundle, component, config)
-    fresh = path is None
-    if fresh:
+    if path is None:
         _refuse_mismatched(bundle, component, config)
-    path = path or build(bundle, component, config)
-    module = engines.backend(config.backend)
-    if not fresh:
+        path = build(bundle, component, config)
+    else:
         verify_files(bundle, path, Record.read(path, rebuild_command(bundle, component, config)))
     start = time.perf_counter()
-    engine: Engine = module.load(Target.of(bundle, component, config), path)
-    log.info("loaded %s in %.1f s", path.name, time.perf_counter() - start)
+    engine = backend(config.backend).load(Target.of(bundle, component, config), path)
+    logger.info("loaded %s in %.1f s", path.name, time.perf_counter() - start)
     return engine
 
 
 def build(bundle: Bundle, component: str, config: EngineConfig, *, rebuild: bool = False, check: bool = True) -> Path:
-    """Build, check and publish one engine; returns its directory. One that is there is returned unless `rebuild`.
+    """Build, check and publish one engine, and return its directory. One that is there is returned unless `rebuild`.
 
     Waits for another process that is building the same. Raises EngineError where the backend cannot build it or it is
     over tolerance; nothing is published then. One for a GPU that is not in this machine cannot be checked and says so.
     """
-    if not rebuild and (found := find(bundle, component, config)):
-        return found
+    if not rebuild and (there := find(bundle, component, config)):
+        return there
     path = writable_root(bundle) / directory_name(bundle, component, config)
     waiting = False
     while True:
@@ -113,127 +60,42 @@ def build(bundle: Bundle, component: str, config: EngineConfig, *, rebuild: bool
             return path
         except BusyError:
             if not waiting:
-                log.warning("waiting for another process that is building %s", path)
+                logger.warning("waiting for another process that is building %s", path)
             waiting = True
             time.sleep(0.2)
             if (path / RECORD).is_file():
                 return path
 
 
-def build_all(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (), batches: Sequence[int] = (1,),
+def build_all(bundle: Bundle, name: str, *, sizes: Sequence[tuple[int, int]] = (), batches: Sequence[int] = (1,),
               dtype: str = "fp32", components: Sequence[str] = (), rebuild: bool = False, check: bool = True,
               **rest: Any) -> list[Path]:
-    """Build every engine that the runtime uses for pictures of `sizes` (height, width; default the bundle's own).
+    """Build every engine of `engines.store.plan`, whose arguments these are, and return their directories.
 
-    Denoisers are built for `batch` rows and, negative prompts first, 2·`batch`; text encoders and VAEs do not depend
-    on it. dtype "auto" is what the backend prefers on this machine, and on a GPU that of the graph. rest: further
-    fields of EngineConfig. Raises ValueError for a size that the model cannot draw.
+    For a GPU the kernels that the runtime launches itself are compiled too. rebuild, check: as of `build`.
     """
     from tqdm import tqdm
 
-    jobs = plan(bundle, backend, sizes=sizes, batches=batches, dtype=dtype, components=components, **rest)
+    jobs = plan(bundle, name, sizes=sizes, batches=batches, dtype=dtype, components=components, **rest)
     paths = []
     with tqdm(jobs, unit="engine", disable=None) as bar:
-        for name, config in bar:
-            bar.set_description(f"{name} {rows(config)}")
-            paths.append(build(bundle, name, config, rebuild=rebuild, check=check))
+        for component, config in bar:
+            bar.set_description(f"{component} {rows(config)}")
+            paths.append(build(bundle, component, config, rebuild=rebuild, check=check))
     if jobs:
         _build_kernels(bundle, jobs[0][1])
     return paths
 
 
-def _build_kernels(bundle: Bundle, config: EngineConfig) -> None:
-    """What the runtime launches beside engines of a GPU. They can be checked without it, so a failure is a warning."""
-    from engines.store.runtime_kernels import runtime_kernels
-
-    arch = engines.backend(config.backend).versions(config).get("arch", "")
-    if arch.startswith("sm_"):
-        try:
-            runtime_kernels(bundle, arch)
-        except EngineError as e:
-            log.warning("%s", e)
-
-
-def plan(bundle: Bundle, backend: str, *, sizes: Sequence[tuple[int, int]] = (), batches: Sequence[int] = (1,),
-         dtype: str = "fp32", components: Sequence[str] = (), **rest: Any) -> list[tuple[str, EngineConfig]]:
-    """(component, config) of every engine that `build_all` builds, each once."""
-    module = engines.backend(backend)
-    jobs: list[tuple[str, EngineConfig]] = []
-    for height, width in sizes or (bundle.manifest.default_size,):
-        bundle.check_size(height, width)
-        for name in components or used(bundle, backend):
-            own = dtype if dtype != "auto" else bundle.component(name).dtype if module.on_gpu else module.dtypes()[0]
-            for count in sorted({count for batch in batches for count in _row_counts(name, batch)}):
-                config = bundle.config(name, backend=backend, height=height, width=width, batch=count, dtype=own,
-                                       **rest)
-                if (name, config) not in jobs:
-                    jobs.append((name, config))
-    return jobs
-
-
-def in_parts(bundle: Bundle, name: str, component: str = "unet") -> bool:
-    """Whether the runtime runs a component of a bundle in the parts of `export.passes.hoist` with this backend, or whole."""
-    return engines.backend(name).in_parts and f"{component}_body" in bundle.manifest.components
-
-
-def used(bundle: Bundle, backend: str) -> list[str]:
-    """The components that the runtime runs with this backend; a UNet that takes residuals only with a ControlNet, and
-    never the one for videos, which is built when it is named or first used."""
-    def runs(name: str) -> bool:
-        whole = bundle.part_of(name)
-        if (whole or name) == "unet_frames" or ((whole or name) == "unet_control" and not bundle.controls):
-            return False
-        return in_parts(bundle, backend, whole or name) == (whole is not None)
-
-    return [name for name in bundle.manifest.components if runs(name)]
-
-
 def find(bundle: Bundle, component: str, config: EngineConfig) -> Path | None:
-    """The directory of a published engine with exactly this key, or None."""
+    """Return the directory of a published engine with exactly this key, or None."""
     name = directory_name(bundle, component, config)
     return next((root / name for root in roots(bundle) if (root / name / RECORD).exists()), None)
 
 
-def roots(bundle: Bundle) -> tuple[Path, Path]:
-    """Where engines of a bundle may be: in it, or in the user's cache when the bundle is read-only."""
-    return bundle.path / "engines", user_cache() / hash_file(bundle.path / "manifest.json")[:12]
-
-
-def engine_directories(bundle: Bundle) -> Iterator[Path]:
-    """Every published engine of a bundle."""
-    for root in roots(bundle):
-        if root.is_dir():
-            yield from sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", KERNELS)))
-
-
-def key(bundle: Bundle, component: str, config: EngineConfig) -> dict[str, Any]:
-    """All that an engine depends on: ONNX files, whole config, versions and device, and our own source."""
-    module = engines.backend(config.backend)
-    spec = bundle.component(component)
-    material = {"component": {"name": component, "file": spec.file, "files": spec.files, "dtype": spec.dtype,
-                              "inputs": [dataclasses.asdict(s) for s in spec.inputs],
-                              "outputs": [dataclasses.asdict(s) for s in spec.outputs]},
-                "config": config.to_json(), "versions": module.versions(config),
-                "source": dict(sources.hashes(engines.BACKENDS[config.backend].partition(":")[0].rpartition(".")[0]))}
-    try:
-        return json.loads(_canonical(material))
-    except TypeError as e:
-        raise EngineError(f"engine config options: got {config.options!r}, expected JSON values only") from e
-
-
-def directory_name(bundle: Bundle, component: str, config: EngineConfig) -> str:
-    digest = hashlib.sha256(_canonical(key(bundle, component, config)).encode()).hexdigest()
-    return f"{component}-{config.backend}-{digest[:12]}"
-
-
-def stale(bundle: Bundle, record: Record) -> str | None:
-    """Why the engine would not be used today ("versions.openvino: 1 → 2"), or None where it would."""
-    return "; ".join(_changes(bundle, record).values()) or None
-
-
 def verify_files(bundle: Bundle, path: Path, record: Record) -> None:
     """Hash what loading this engine reads. Raises EngineError naming the file and the command that makes it again."""
-    if engines.backend(record.config.backend).reads_onnx(record.config):
+    if backend(record.config.backend).reads_onnx(record.config):
         bundle.verify(bundle.component(record.component).files)
     for name, expected in record.files.items():
         file = path / name
@@ -242,44 +104,21 @@ def verify_files(bundle: Bundle, path: Path, record: Record) -> None:
                               f"{rebuild_command(bundle, record.component, record.config)}")
 
 
-def rebuild_command(bundle: Bundle, component: str | None, config: EngineConfig) -> str:
-    """"build it again: python -m engines build …" for one engine, or for those of every component of its size."""
-    factor = bundle.manifest.latent.factor
-    height, width = (config.height or config.latent_height * factor), (config.width or config.latent_width * factor)
-    batch = config.batch // 2 if config.batch % 2 == 0 else config.batch  # building for n also builds 2n rows
-    words = ["python", "-m", "engines", "build", str(bundle.path), "--backend", config.backend,
-             *(["--component", component] if component else []), "--batch", str(batch), "--dtype", config.dtype]
-    words += ["--size", f"{height}x{width}"] if height else []
-    words += ["--tokens", str(config.sequence)] if config.sequence not in (0, bundle.tokens) else []
-    words += ["--threads", str(config.threads)] if config.threads else []
-    words += ["--device", config.device] if config.device != "cpu" else []
-    words += [w for name, value in config.options.items() for w in ("--option", f"{name}={value}")]
-    return f"build it again: {shlex.join([*words, '--rebuild'])}"
-
-
-def rows(config: EngineConfig) -> str:
-    """Shape of a config in words: "2 rows 512x512"."""
-    height, width = config.height or config.latent_height, config.width or config.latent_width
-    size = f" {height}x{width}{'' if config.height else ' latents'}" if height else ""
-    return f"{config.batch} row{'s' * (config.batch > 1)}{size}"
-
-
 def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: bool) -> None:
     from tqdm import tqdm
 
-    module = engines.backend(config.backend)
-    spec = bundle.component(name)
+    module, target = backend(config.backend), Target.of(bundle, name, config)
     what = f"building {name}: {config.backend} {config.dtype} {rows(config)}"
     with publish(path, force=True) as temporary, tqdm(total=3, desc=what, delay=1, leave=False, disable=None) as bar:
-        log.info(what)
-        bundle.verify(spec.files)
+        logger.info(what)
+        bundle.verify(target.component.files)
         bar.update()
         start = time.perf_counter()
-        module.build(Target.of(bundle, name, config), temporary)
+        module.build(target, temporary)
         seconds = time.perf_counter() - start
         bar.update()
         if missing := module.runnable(config):
-            log.warning("%s: built, not checked: %s", name, missing)
+            logger.warning("%s: built, not checked: %s", name, missing)
         figures, timing = verify.check(bundle, name, config, temporary) if check and not missing else (None, None)
         if figures is not None and module.refits(config):
             verify_refit.check(bundle, name, config, temporary)
@@ -290,22 +129,22 @@ def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: b
         Record(name, config, key(bundle, name, config), files, figures, round(seconds, 3), now, timing).write(temporary)
 
 
-def _changes(bundle: Bundle, record: Record) -> dict[str, str]:
-    """Parts of the key that are not today's: name → "name: then → now"."""
-    if record.component not in bundle.manifest.components:
-        return {"component.name": f"component.name: {record.component} → none"}
-    then = dict(_flat(record.key))
-    now = dict(_flat(key(bundle, record.component, record.config)))
-    return {name: f"{name}: {then.get(name)} → {now.get(name)}" for name in sorted({*then, *now})
-            if then.get(name) != now.get(name)}
+def _build_kernels(bundle: Bundle, config: EngineConfig) -> None:
+    """Compile what the runtime launches beside engines of a GPU. Engines can be checked without it: failing warns."""
+    arch = backend(config.backend).versions(config).get("arch", "")
+    if arch.startswith("sm_"):
+        try:
+            runtime_kernels(bundle, arch)
+        except EngineError as e:
+            logger.warning("%s", e)
 
 
 def _refuse_mismatched(bundle: Bundle, component: str, config: EngineConfig) -> None:
     """Raise EngineError where every engine of this config is for another device, driver or library version.
 
-    One that only our own sources have left behind is no such engine: it is built again without a word.
+    An engine that is stale only because latentrt's sources changed is rebuilt silently.
     """
-    found: list[tuple[str, str]] = []
+    mismatched: list[tuple[str, str]] = []
     for path in engine_directories(bundle):
         if not path.name.startswith(f"{component}-{config.backend}-"):
             continue
@@ -313,41 +152,9 @@ def _refuse_mismatched(bundle: Bundle, component: str, config: EngineConfig) -> 
             record = Record.read(path, "")
             if (record.component, record.config) != (component, config):
                 continue
-            outside = [text for name, text in _changes(bundle, record).items() if not name.startswith(OWN)]
+            outside = [text for name, text in changes(bundle, record).items() if not name.startswith(OWN)]
             if not outside:
                 return
-            found.append((record.date, f"{path} was built for another machine or version ({'; '.join(outside)})"))
-    if found:
-        raise EngineError(f"{max(found)[1]}; {rebuild_command(bundle, None, config)}")
-
-
-def writable_root(bundle: Bundle) -> Path:
-    """The one of `roots` that new engines go to."""
-    inside, cache = roots(bundle)
-    if os.access(inside if inside.exists() else bundle.path, os.W_OK | os.X_OK):
-        return inside
-    log.warning("%s is read-only; its engines go to %s", bundle.path, cache)
-    return cache
-
-
-def _row_counts(component: str, batch: int) -> tuple[int, ...]:
-    """The static batches that the runtime runs a component with, for `batch` pictures denoised together."""
-    if component.startswith("text_encoder") or component.endswith("_text"):
-        return (2,)  # negative prompt and prompt
-    if component.endswith("_time"):
-        return (engines.TIME_ROWS,)
-    if component.startswith("vae") or component.endswith("_hint"):
-        return (1,)  # pictures are decoded one by one: it is no slower, and memory stays that of one; so are hints
-    return (batch, 2 * batch)  # without guidance, and with
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key_, inner in value.items():
-            yield from _flat(inner, f"{name}.{key_}" if name else key_)
-    else:
-        yield name, _canonical(value)
+            mismatched.append((record.date, f"{path} was built for another machine or version ({'; '.join(outside)})"))
+    if mismatched:
+        raise EngineError(f"{max(mismatched)[1]}; {rebuild_command(bundle, component, config, alone=False)}")

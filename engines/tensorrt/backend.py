@@ -30,7 +30,6 @@ import numpy as np
 import kernels
 from engines.backend import Backend, Engine, Target
 from engines.bundle import hash_files
-from engines.bundle.publish import user_cache
 from engines.check.verify import TOLERANCE
 from engines.machine.buffers import check_names, device_address
 from engines.machine.gpu import Gpu, Memory, gpus, select
@@ -38,6 +37,7 @@ from engines.machine.vendor import importing
 from engines.onnx.initializers import convert
 from engines.onnx.low_rank import Weight
 from engines.spec import EngineConfig, EngineError, TensorSpec
+from engines.store.places import user_cache
 from engines.tensorrt.build import ABOUT, KINDS, PLAN, Request, dims, logger, write_whole
 from engines.tensorrt.choice import build
 
@@ -379,7 +379,8 @@ class TensorRtEngine(Engine):
 def _kernels() -> str:
     """Hash of what our kernels are compiled from, and of the compiler's version."""
     here = Path(kernels.__file__).parent
-    names = ["aot/build.py", "aot/specialise.py", "aot/variant.py", "triton/attention.py", "triton/group_norm.py"]
+    names = ["aot/compiler.py", "aot/specialise.py", "aot/variant.py", "triton/attention.py", "triton/group_norm.py",
+             "triton/group_norm_kernels.py"]
     try:
         triton = version("triton")
     except PackageNotFoundError:

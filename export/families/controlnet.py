@@ -16,12 +16,14 @@ import torch
 from onnx_ir.passes import common
 from torch import nn
 
-from engines.bundle import RESIDUAL
 from engines.spec import TensorSpec
 from export.errors import ExportError
-from export.families.stable_diffusion import Graph, UNet
+from export.families.stable_diffusion import TIMESTEPS, Graph, UNet
 from export.sources.checkpoint import Checkpoint
 from export.trace.trace import count_sites
+
+RESIDUAL = "residual"
+"""Group of the tensors that ControlNets give and the UNet adds."""
 
 TIME_IDS = 6
 """Numbers that a net of Stable Diffusion XL takes beside the pooled text, as the base model does."""
@@ -39,7 +41,7 @@ def residual_specs(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
         if level + 1 < len(channels):
             shapes.append((width, level + 1))
     shapes.append((channels[-1], len(channels) - 1))
-    return tuple(TensorSpec(f"{RESIDUAL}{n}", "float32", ("batch", width, *level_size(level)))
+    return tuple(TensorSpec(f"{RESIDUAL}_{n}", "float32", ("batch", width, *level_size(level)), RESIDUAL)
                  for n, (width, level) in enumerate(shapes))
 
 
@@ -64,7 +66,7 @@ class ControlNet(Graph):
         config = model.config
         latent = ("latent_height", "latent_width")
         self.inputs = (TensorSpec("sample", "float32", ("batch", config["in_channels"], *latent)),
-                       TensorSpec("timestep", "float32", ("batch",)),
+                       TensorSpec("timestep", "float32", ("batch",), span=TIMESTEPS),
                        TensorSpec("encoder_hidden_states", "float32",
                                   ("batch", "sequence", config["cross_attention_dim"])),
                        TensorSpec("hint", "float32", ("batch", 3, "height", "width")),
@@ -72,7 +74,7 @@ class ControlNet(Graph):
         if config["addition_embed_type"] == "text_time":
             pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
             self.inputs += (TensorSpec("text_embeds", "float32", ("batch", pooled)),
-                            TensorSpec("time_ids", "float32", ("batch", TIME_IDS)))
+                            TensorSpec("time_ids", "float32", ("batch", TIME_IDS), span=TIMESTEPS))
         self.outputs = residual_specs(config)
         self.shapes = {"hint": ("batch", config["block_out_channels"][0], *latent)}
 
@@ -91,7 +93,7 @@ def adding(model: nn.Module, given: Mapping[str, torch.Tensor]) -> Iterator[dict
 
     given: by name, among others. Yields what the model gives beside its output: nothing.
     """
-    *skips, middle = (value for name, value in given.items() if name.startswith(RESIDUAL))
+    *skips, middle = (value for name, value in given.items() if name.startswith(f"{RESIDUAL}_"))
     more = {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
     handle = model.register_forward_pre_hook(lambda _, args, named: (args, named | more), with_kwargs=True)
     try:

@@ -17,6 +17,9 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 from engines.spec import TensorSpec
 from export.sources.checkpoint import Checkpoint
 
+TIMESTEPS = (0, 1000)
+"""Span of the timesteps, and of the sizes in pixels, that a graph is checked with."""
+
 
 class Graph(nn.Module):
     """One component: `model` is what it wraps, and the rest describes what goes in and out."""
@@ -66,8 +69,9 @@ class Graph(nn.Module):
                 values.append(torch.randint(size, shape, generator=generator))
             elif spec.name == "class_labels":
                 values.append(torch.randint(self.checkpoint.unet["num_class_embeds"], shape, generator=generator))
-            elif spec.name in ("timestep", "time_ids"):
-                values.append(torch.rand(shape, generator=generator) * 1000)
+            elif spec.span is not None:
+                low, high = spec.span
+                values.append(torch.rand(shape, generator=generator) * (high - low) + low)
             else:
                 values.append(torch.randn(shape, generator=generator))
         return tuple(values)
@@ -159,7 +163,7 @@ class UNet(Graph):
         width = checkpoint.unet["cross_attention_dim"]
         self.inputs = (
             TensorSpec("sample", "float32", ("batch", channels, *latent)),
-            TensorSpec("timestep", "float32", ("batch",)),
+            TensorSpec("timestep", "float32", ("batch",), span=TIMESTEPS),
             TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", width)),
             *(TensorSpec(extra.meaning, "float32", ("batch", extra.channels, *latent))
               for extra in checkpoint.extra_channels))
@@ -167,7 +171,7 @@ class UNet(Graph):
             self.inputs += (TensorSpec("class_labels", "int64", ("batch",)),)
         if checkpoint.time_ids:
             self.inputs += (TensorSpec("text_embeds", "float32", ("batch", checkpoint.pooled_width)),
-                            TensorSpec("time_ids", "float32", ("batch", checkpoint.time_ids)))
+                            TensorSpec("time_ids", "float32", ("batch", checkpoint.time_ids), span=TIMESTEPS))
         self.outputs = (TensorSpec("noise_pred", "float32", ("batch", channels, *latent)),)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,

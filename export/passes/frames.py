@@ -20,11 +20,13 @@ from diffusers.models.attention_processor import Attention
 from onnx_ir.passes import common
 from torch import nn
 
-from engines.bundle import FIRST, HIDDEN, PREVIOUS, STORE
 from engines.spec import TensorSpec
 from export.errors import ExportError
 from export.families.controlnet import level_size
 from export.trace.trace import count_sites
+
+STORE, FIRST, PREVIOUS, HIDDEN = "store", "first", "previous", "hidden"
+"""Groups of the tensors that the graph for videos has beside the UNet's own."""
 
 _LAYER = re.compile(r"up_blocks\.(\d+)\..*\.attn1")
 
@@ -48,10 +50,10 @@ def frame_specs(model: nn.Module) -> tuple[tuple[TensorSpec, ...], tuple[TensorS
         level = len(model.config["block_out_channels"]) - 1 - int(match[1])
         shapes.append(("batch", *level_size(level), layer.to_k.in_features))
 
-    def specs(prefix: str) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(f"{prefix}{n}", "float32", shape) for n, shape in enumerate(shapes))
+    def specs(group: str) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(f"{group}_{n}", "float32", shape, group) for n, shape in enumerate(shapes))
 
-    return (TensorSpec(STORE, "float32", ("batch",)), *specs(FIRST), *specs(PREVIOUS)), specs(HIDDEN)
+    return (TensorSpec(STORE, "float32", ("batch",), STORE), *specs(FIRST), *specs(PREVIOUS)), specs(HIDDEN)
 
 
 @contextlib.contextmanager
@@ -80,9 +82,9 @@ class _Processor:
 
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
                  attention_mask: torch.Tensor | None = None, temb: torch.Tensor | None = None) -> torch.Tensor:
-        first, previous = self.given[f"{FIRST}{self.n}"], self.given[f"{PREVIOUS}{self.n}"]
+        first, previous = self.given[f"{FIRST}_{self.n}"], self.given[f"{PREVIOUS}_{self.n}"]
         own = self.given[STORE] > 0.5
-        self.found[f"{HIDDEN}{self.n}"] = hidden_states.reshape(first.shape)
+        self.found[f"{HIDDEN}_{self.n}"] = hidden_states.reshape(first.shape)
         both = [torch.where(own[:, None, None], hidden_states, other.flatten(1, 2)) for other in (first, previous)]
         told = torch.cat(both, dim=1)
         q, k, v = (project(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for project, x in
@@ -118,14 +120,14 @@ def add_frames(names: Iterable[str], given: Sequence[TensorSpec], gives: Sequenc
         tape.nodes = []
         tokens = tape.constant(f"tokens_{n}", np.array([0, -1, spec.shape[3]], np.int64))
         both = []
-        for prefix in (FIRST, PREVIOUS):
-            other = tape.op("Reshape", [inputs[f"{prefix}{n}"], tokens], ir.DataType.FLOAT)
+        for group in (FIRST, PREVIOUS):
+            other = tape.op("Reshape", [inputs[f"{group}_{n}"], tokens], ir.DataType.FLOAT)
             if h.dtype != ir.DataType.FLOAT:
                 other = tape.op("Cast", [other], h.dtype, to=h.dtype)
             both.append(tape.op("Where", [own, h, other], h.dtype))
         told = tape.op("Concat", both, h.dtype, axis=1)
         wide = h if h.dtype == ir.DataType.FLOAT else tape.op("Cast", [h], ir.DataType.FLOAT, to=ir.DataType.FLOAT)
-        size = tape.op("Shape", [inputs[f"{FIRST}{n}"]], ir.DataType.INT64)
+        size = tape.op("Shape", [inputs[f"{FIRST}_{n}"]], ir.DataType.INT64)
         hidden = tape.op("Reshape", [wide, size], ir.DataType.FLOAT)
         hidden.name, hidden.shape = spec.name, ir.Shape(spec.shape)
         model.graph.insert_before(min(users, key=list(model.graph).index), tape.nodes)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel
 
-from engines.bundle import CONTROL, PARTS, RESIDUAL, Bundle, Manifest
+from engines.bundle import Bundle, Manifest
 from export.errors import FAMILIES, ExportError
-from export.families.controlnet import ControlNet, residual_specs
+from export.families.controlnet import RESIDUAL, ControlNet, residual_specs
+from export.families.manifest import CONTROL
 from export.families.stable_diffusion import Graph, VAEDecoder, VAEEncoder
 from export.sources.checkpoint import load_folder, read_json, weight_files
 from export.sources.convert import CONTROL as CONTROL_WEIGHTS
@@ -26,6 +27,9 @@ KINDS = {"ControlNetModel": "control", "AutoencoderKL": "vae"}
 """Classes of diffusers that can be added → what they are here."""
 
 _SHIPPED = {"sd1": "sd1", "sd2": "sd2-base", "sdxl": "sdxl"}
+PARTS = ("text", "time", "hint", "body")
+"""Parts that a ControlNet is cut into; the names of their graphs end in these."""
+
 _UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
 _MARKS = {  # weights that only one kind of file has → what their names have to begin with, and how they begin in it
     "control_model.input_hint_block.0.weight": ("control", ""),
@@ -58,7 +62,7 @@ class Addition:
 
     @property
     def vae_overflows(self) -> bool:
-        overflows = self.manifest.time_ids or self.manifest.low_res_scheduler
+        overflows = self.manifest.condition("sizes") or self.manifest.low_res_scheduler
         return bool(overflows) and bool(self.config.get("force_upcast", True))
 
     @property
@@ -180,11 +184,11 @@ def _net_name(path: Path, name: str | None) -> str:
 
 def _require_net(where: str, config: Mapping[str, Any], bundle: Bundle) -> None:
     """Raise ExportError unless a ControlNet's residuals are those that the bundle's UNet takes."""
-    components = bundle.manifest.components
-    if "unet_control" not in components:
+    takers = [c for c in bundle.graphs(bundle.denoiser).values() if (c.part, c.variant) == ("", "control")]
+    if not takers:
         raise ExportError(f"{bundle.path}: its UNet takes no residuals; export the checkpoint again with this version, "
                           "if it is no upscaler")
-    given = {spec.name: spec for spec in components["unet_control"].inputs}
+    given = {spec.name: spec for spec in takers[0].inputs}
     xl = "text_time" if "text_embeds" in given else None
     factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
     rows = [
@@ -203,7 +207,7 @@ def _require_net(where: str, config: Mapping[str, Any], bundle: Bundle) -> None:
         if got != expected:
             raise ExportError(f"{where}: got a ControlNet with {key}={got!r}, expected {expected!r}; it is of a kind "
                               "that is not supported, or for another model than the bundle's")
-    takes = tuple(spec for name, spec in given.items() if name.startswith(RESIDUAL))
+    takes = tuple(spec for spec in given.values() if spec.group == RESIDUAL)
     if residual_specs(config) != takes:
         raise ExportError(f"{where}: got a ControlNet of {len(residual_specs(config))} residuals of "
                           f"{config['block_out_channels']} channels, which are not the {len(takes)} that the bundle's "

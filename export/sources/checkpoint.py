@@ -14,7 +14,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from engines.bundle import ExtraChannels
 from export.errors import ExportError, first_line
 from export.sources.tokenizer import load_tokenizer
 
@@ -34,6 +33,13 @@ TIME_IDS = {6: "sdxl", 5: "sdxl-refiner"}
 height and width, or the aesthetic score (Podell et al., SDXL, 2023, section 2.2 and appendix)."""
 
 _UNSUPPORTED_UNET = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+
+
+class ExtraChannels(NamedTuple):
+    """Input channels of a UNet after the latent ones: their meaning ("mask", "depth" …) and how many there are."""
+
+    meaning: str
+    channels: int
 
 
 class Text(NamedTuple):

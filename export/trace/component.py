@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -16,10 +16,11 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from engines.backend import Target
-from engines.bundle import Check, Component, hash_files
+from engines.bundle import Check, Component, hash_files, resolve_dims
 from engines.check import verify
 from engines.spec import EngineConfig, EngineError
 from export.errors import ExportError
+from export.families import manifest as family
 from export.families.stable_diffusion import Graph, graphs
 from export.families.variants import variants
 from export.passes.hoist import Part, hoist
@@ -59,7 +60,7 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
     dims = _dims(checkpoint, check=True)
     inputs = graph.example(dims, SEED)
     others = variants(graph.model) if name == "unet" else ()
-    given = {spec.name: spec.resolve(EngineConfig("", **dims).dims) for other in others for spec in other.inputs}
+    given = {spec.name: spec.resolve(dims) for other in others for spec in other.inputs}
     added = verify.inputs(given.values(), SEED)
     expected = {"": _run(graph, inputs)}
     for other in others:
@@ -79,13 +80,16 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
         value.const_value = None  # onnxscript's rewrite rules remember the last graph that they have seen
     del graph, model
     cut = hoist(file, invariant, *specs, shapes) if invariant else {}
-    parts = [f"{name}_{part}" for part in cut]
-    made = {name: Part(*specs, sites), **dict(zip(parts, cut.values(), strict=True))}
+    graphs = {("", ""): Part(*specs, sites), **{(part, ""): graph for part, graph in cut.items()}}
+    parts = [family.component_name(name, part) for part in cut]
     for other in others:
-        for plain in (name, *parts[-1:]):
-            base, target = (plain.replace(name, _variant(name, key), 1) for key in (other.base, other.key))
-            sites = other.write(directory / f"{base}.onnx", directory / f"{target}.onnx")
-            made[target] = Part((*made[plain].inputs, *other.inputs), (*made[plain].outputs, *other.outputs), sites)
+        for part in ("", *list(cut)[-1:]):
+            base, target = (directory / f"{family.component_name(name, part, key)}.onnx"
+                            for key in (other.base, other.key))
+            plain, sites = graphs[part, ""], other.write(base, target)
+            graphs[part, other.key] = Part((*plain.inputs, *other.inputs), (*plain.outputs, *other.outputs), sites)
+    made = {family.component_name(name, *place): {**family.place(name, *place), **graph._asdict()}
+            for place, graph in graphs.items()}
 
     on_stage(f"{name}: check")
     feed = {spec.name: value.numpy() for spec, value in zip(specs[0], inputs, strict=True)} | added
@@ -93,24 +97,21 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
 
     def checked(names: Sequence[str], expected: dict[str, np.ndarray], reference: str) -> dict[str, Component]:
         unchecked = Check("not checked", SEED, 0.0, 0.0)
-        found = {n: Component(f"{n}.onnx", hash_files(directory, [f"{n}.onnx"]) | weights, dtype, *made[n], unchecked)
-                 for n in names}
+        found = {n: Component(file=f"{n}.onnx", files=hash_files(directory, [f"{n}.onnx"]) | weights, dtype=dtype,
+                              check=unchecked, **made[n]) for n in names}
         check = _check(list(found.values()), directory, dims, feed, expected, reference)
         logger.info("%s: %s, relative RMS %.1e", ", ".join(names), dtype, check.rel_rms)
         return {n: dataclasses.replace(component, check=check) for n, component in found.items()}
 
     components: dict[str, Component] = {}
     for key, outputs in expected.items():
-        whole = _variant(name, key)
+        whole = family.component_name(name, variant=key)
         components |= checked([whole], outputs, REFERENCE)
         if parts:
-            found = checked([*parts[:-1], f"{whole}_body"], outputs, f"{REFERENCE}, the parts together")
+            body = family.component_name(name, "body", key)
+            found = checked([*parts[:-1], body], outputs, f"{REFERENCE}, the parts together")
             components |= {n: component for n, component in found.items() if n not in components}
     return components
-
-
-def _variant(name: str, key: str) -> str:
-    return f"{name}_{key}" if key else name
 
 
 def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
@@ -124,15 +125,16 @@ def _load(name: str, checkpoint: Checkpoint | Addition) -> Graph:
         return graph(checkpoint.load(graph.source), cast(Checkpoint, checkpoint)).eval()
 
 
-def _dims(checkpoint: Checkpoint | Addition, check: bool) -> dict[str, Any]:
+def _dims(checkpoint: Checkpoint | Addition, check: bool) -> dict[str, int]:
     """Sizes to trace at and, different in every one, to check at: what was fixed by mistake shows."""
     unit, factor, length = checkpoint.multiple, checkpoint.factor, checkpoint.max_length
     batch, height, width, sequence = (3, unit, 2 * unit, length) if check else (2, 3 * unit, 4 * unit, 2 * length)
-    return {"batch": batch, "latent_height": height, "latent_width": width, "height": height * factor,
-            "width": width * factor, "sequence": sequence}
+    given = {"batch": batch, "height": height * factor, "width": width * factor, "sequence": sequence}
+    follow = family.dims(factor, unit)
+    return resolve_dims([*given, *follow], given, follow)
 
 
-def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any], feed: dict[str, np.ndarray],
+def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, int], feed: dict[str, np.ndarray],
            expected: dict[str, np.ndarray], reference: str) -> Check:
     """Run saved graphs, one after another, in onnxruntime on the CPU, widened to float32 if they are of 16 bits.
 
@@ -144,7 +146,7 @@ def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, Any],
         for part in parts:
             given = {spec.name: arrays[spec.name] for spec in part.inputs}
             arrays |= verify.run_reference(
-                Target(directory, part.file, part, EngineConfig("onnxruntime", **dims)), given)
+                Target(directory, part.file, part, EngineConfig("onnxruntime", dims)), given)
         what = f"{', '.join(part.file for part in parts)} in {parts[0].dtype}"
         return verify.compare(arrays, expected, parts[0].dtype, what, SEED, reference)
     except EngineError as e:

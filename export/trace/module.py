@@ -65,11 +65,13 @@ def trace_module(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Seque
         new = Path(temporary) / file.name
         ir.save(model, new, external_data=f"{file.name}.data")
         written = sorted((path.name for path in new.parent.iterdir()), reverse=True)  # the weights first
-        component = Component(file.name, hash_files(new.parent, written), "fp32", graph.inputs, graph.outputs,
-                              count_sites(model.graph), Check("not checked", 0, 0.0, 0.0))
+        component = Component(
+            file=file.name, files=hash_files(new.parent, written), dtype="fp32", role="module", network=file.stem,
+            rows="image", inputs=graph.inputs, outputs=graph.outputs, sites=count_sites(model.graph),
+            check=Check("not checked", 0, 0.0, 0.0))
         try:
             got = verify.run_reference(
-                Target(new.parent, file.name, component, EngineConfig("onnxruntime", **dims)), feed)
+                Target(new.parent, file.name, component, EngineConfig("onnxruntime", dims)), feed)
             check = verify.compare(got, expected, "fp32", file.name, 0, REFERENCE)
         except EngineError as e:
             raise ExportError(str(e)) from e

@@ -39,9 +39,13 @@ class BoundEngine:
         engine.bind(self.buffers)
         self.key = (engine, signature(self.buffers))  # an engine that is in a graph is not taken for a later one
 
-    def block(self, prefix: str) -> Any:
-        """The memory of all buffers whose names begin with `prefix`, flat: they lie one after another, at ALIGNMENT."""
-        names = [name for name in self.buffers if name.startswith(prefix)]
+    def group(self, group: str) -> list[str]:
+        """Return the names of the tensors of a group, in order; empty where the engine has none."""
+        return [name for name, spec in {**self.engine.inputs, **self.engine.outputs}.items() if spec.group == group]
+
+    def block(self, group: str) -> Any:
+        """Return the memory of all tensors of a group, flat: they lie one after another, at ALIGNMENT."""
+        names = self.group(group)
         end = self.offsets[names[-1]] + math.prod(self.buffers[names[-1]].shape)
         return self.arena[self.offsets[names[0]]:end]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from engines.bundle import FIRST, HIDDEN, PREVIOUS
 from runtime.devices.bound import BoundEngine
+
+FIRST, PREVIOUS, HIDDEN = "first", "previous", "hidden"
+"""Groups of tensors: what the layers of the first frame and of the frame before were given, and those of this one."""
 
 
 class Memory:
@@ -23,35 +25,31 @@ class Memory:
 
     def read(self, unet: BoundEngine, rows: tuple[int, int], step: int) -> None:
         """Give `unet` what it is to know of other frames. rows: of an image, negative prompt first."""
-        for prefix in (FIRST, PREVIOUS):
-            for target, source in self._pairs(unet, prefix, rows, self._block(unet, prefix), step):
+        for group in (FIRST, PREVIOUS):
+            for target, source in self._pairs(unet, group, rows, self._block(unet, group), step):
                 unet.device.copy(target, source)
 
     def write(self, unet: BoundEngine, rows: tuple[int, int], step: int, first: bool) -> None:
         """Keep what `unet` found. first: whether this is the first frame."""
-        for prefix in (FIRST, PREVIOUS) if first else (PREVIOUS,):
-            for source, target in self._pairs(unet, HIDDEN, rows, self._block(unet, prefix), step):
+        for group in (FIRST, PREVIOUS) if first else (PREVIOUS,):
+            for source, target in self._pairs(unet, HIDDEN, rows, self._block(unet, group), step):
                 unet.device.copy(target, source)
 
-    def _block(self, unet: BoundEngine, prefix: str) -> Any:
-        if prefix not in self._blocks:
-            numbers = sum(math.prod(shape[1:]) for name, shape in _shapes(unet) if name.startswith(HIDDEN))
-            self._blocks[prefix] = unet.device.zeros((self._steps, 2, numbers), "float32")
-        return self._blocks[prefix]
+    def _block(self, unet: BoundEngine, group: str) -> Any:
+        if group not in self._blocks:
+            numbers = sum(math.prod(unet.buffers[name].shape[1:]) for name in unet.group(HIDDEN))
+            self._blocks[group] = unet.device.zeros((self._steps, 2, numbers), "float32")
+        return self._blocks[group]
 
-    def _pairs(self, unet: BoundEngine, prefix: str, rows: tuple[int, int], block: Any,
+    def _pairs(self, unet: BoundEngine, group: str, rows: tuple[int, int], block: Any,
                step: int) -> list[tuple[Any, Any]]:
-        """The rows of the engine's buffers of this prefix, and where each is in a block."""
+        """Return the rows of the engine's buffers of this group, and where each is in a block."""
         pairs, start = [], 0
-        for name, shape in _shapes(unet):
-            if name.startswith(prefix):
-                end = start + math.prod(shape[1:])
-                for half, row in enumerate(rows):
-                    if half or rows[0] != rows[1]:  # without guidance there is one row only, the positive one
-                        pairs.append((unet.buffers[name][row], block[step][half][start:end].reshape(shape[1:])))
-                start = end
+        for name in unet.group(group):
+            shape = unet.buffers[name].shape
+            end = start + math.prod(shape[1:])
+            for half, row in enumerate(rows):
+                if half or rows[0] != rows[1]:  # without guidance there is one row only, the positive one
+                    pairs.append((unet.buffers[name][row], block[step][half][start:end].reshape(shape[1:])))
+            start = end
         return pairs
-
-
-def _shapes(unet: BoundEngine) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, buffer.shape) for name, buffer in unet.buffers.items()]

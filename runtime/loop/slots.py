@@ -20,7 +20,6 @@ from typing import Any, Self
 import numpy as np
 
 from engines import EngineError
-from engines.bundle import RESIDUAL, STORE
 from kernels.host.step_table import fitting_memory, pack, pack_times, time_columns, width
 from runtime.devices.bound import BoundEngine
 from runtime.devices.device import Device, signature
@@ -31,6 +30,9 @@ AHEAD = 4
 
 ROWS = 32
 """Tables are kept for a multiple of this many rows, so that another number of steps seldom needs other buffers."""
+
+RESIDUAL, STORE = "residual", "store"
+"""Groups of tensors: what ControlNets give to the denoiser, and whether a row attends to itself, as a first frame does."""
 
 DENOISER = ""
 """The denoiser's name where ControlNets have theirs."""
@@ -168,7 +170,7 @@ class Slots:
         """
         if nets:
             self._bare.discard(denoiser)
-        elif STORE in denoiser.buffers and denoiser not in self._bare:
+        elif denoiser.group(STORE) and denoiser not in self._bare:
             residuals = denoiser.block(RESIDUAL)
             self.device.upload(residuals, np.zeros(residuals.shape, np.float32))
             self._bare.add(denoiser)
@@ -234,8 +236,8 @@ class Slots:
         held = self._held.setdefault(engine, [None] * self.count)
         if held[i] is not job:
             self._put_fixed(engine, i, fixed)
-            if STORE in engine.buffers:
-                self._put_fixed(engine, i, {STORE: np.full(2, job.after is None, np.float32)})
+            for name in engine.group(STORE):
+                self._put_fixed(engine, i, {name: np.full(2, job.after is None, np.float32)})
             held[i] = job
 
     def _put(self, name: str, i: int, values: np.ndarray) -> None:

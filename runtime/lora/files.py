@@ -75,7 +75,8 @@ class Weights:
 
 def weights_of(bundle: Bundle) -> dict[str, Weights]:
     """What LoRAs may change of a bundle: its UNet and text encoders. Raises EngineError for a graph that is damaged."""
-    found = {"unet": _weights(_shapes(bundle, "unet"), text=False)}
+    denoiser = bundle.denoiser
+    found = {denoiser: _weights(_shapes(bundle, bundle.graph(denoiser)[0]), text=False)}
     for text in bundle.manifest.text:
         shapes = _shapes(bundle, text.component)
         weights = _weights(shapes, text=True)

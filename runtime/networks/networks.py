@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-from engines.bundle import CONTROL
 from runtime.devices.bound import BoundEngine
 from runtime.loop.job import Place
 from runtime.lora.application import Stack
@@ -28,7 +27,7 @@ class Networks:
 
     def net_of(self, name: str, stack: Stack = ()) -> Denoiser:
         """Return an attached ControlNet."""
-        return Denoiser(self.shelf, CONTROL + name, stack)
+        return Denoiser(self.shelf, self.shelf.bundle.label(name), stack)
 
     def denoiser(self, place: Place, rows: int, variant: str) -> BoundEngine:
         """Return the engine of a step, as `runtime.loop.lane.Engines` has it."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
-from engines import Bundle, Engine, EngineError, backend
+from engines import Bundle, Engine, EngineError, backend, store
 from engines.machine.gpu import gpus
-from engines.store import store
 from engines.store.runtime_kernels import runtime_kernels
 from kernels.aot.artefact import KernelError
 from runtime.config import PipelineConfig
@@ -30,10 +29,9 @@ class Shelf:
         self._gpus: dict[int, Cuda] = {}
         self._engines: dict[tuple[str, int, tuple[int, int], int], BoundEngine] = {}
 
-    @property
-    def in_parts(self) -> bool:
-        """Whether the backend runs denoisers in the parts of `export.passes.hoist`."""
-        return backend(self.config.backend).in_parts
+    def in_parts(self, network: str) -> bool:
+        """Return whether a network runs in the parts of `export.passes.hoist`."""
+        return store.in_parts(self.bundle, self.config.backend, network)
 
     def engine(self, component: str, rows: int, size: tuple[int, int] = (0, 0), tokens: int = 0,
                stack: Stack = ()) -> BoundEngine:
@@ -52,8 +50,8 @@ class Shelf:
     def _load(self, component: str, rows: int, size: tuple[int, int], tokens: int) -> BoundEngine:
         settings = self.config
         dtype = self.bundle.component(component).dtype if backend(settings.backend).on_gpu else settings.dtype
-        config = self.bundle.config(component, backend=settings.backend, dtype=dtype, batch=rows, height=size[0],
-                                    width=size[1], sequence=tokens, threads=settings.threads, device=settings.device,
+        config = self.bundle.config(component, backend=settings.backend, dtype=dtype, batch=rows, size=size,
+                                    tokens=tokens, threads=settings.threads, device=settings.device,
                                     options=settings.options)
         start = time.perf_counter()
         engine = store.load(self.bundle, component, config)

@@ -21,8 +21,11 @@ from runtime.request import checks
 from runtime.request.control import Control
 from runtime.request.request import PARTLY, Request
 from runtime.request.sampler import table_of
-from runtime.request.task import fields_of, takes_mask, task_of, value_without
+from runtime.request.task import takes_mask, task_of, value_without
 from runtime.schedulers import Table
+
+STRENGTH = 0.8
+"""Share of the steps that is run on a picture, unless request or model say another."""
 
 T = TypeVar("T")
 
@@ -88,7 +91,7 @@ def plan(request: Request, bundle: Bundle, size: tuple[int, int],
     if not isinstance(request, Request):
         raise ValueError(f"request: got {type(request).__name__}, expected a Request or a list of them")
     manifest, read = bundle.manifest, _Pictures()
-    if depth_estimator and request.depth is None and request.image is not None and "depth" in manifest.meanings:
+    if depth_estimator and request.depth is None and request.image is not None and manifest.condition("depth"):
         estimated = depth_estimator(read.picture(request.image, "image"))
         request = dataclasses.replace(request, depth=np.asarray(estimated, np.float32))
     task = task_of(request, manifest)
@@ -125,7 +128,7 @@ def _filled(request: Request, task: str, manifest: Manifest, size: tuple[int, in
         options["noise_level"] = level
     elif task in PARTLY and request.strength is None:  # the defaults of diffusers' pipelines
         anew = task == "inpaint" and (takes_mask(manifest) or request.blend == "next")
-        options["strength"] = 1.0 if anew else 0.3 if "original_size" in fields_of(manifest) else 0.8
+        options["strength"] = 1.0 if anew else manifest.defaults.get("strength", STRENGTH)
     return dataclasses.replace(request, **options)
 
 
@@ -154,7 +157,7 @@ def _image(request: Request, task: str, manifest: Manifest, read: _Pictures) -> 
 
 
 def _check_attached(control: Control, bundle: Bundle) -> None:
-    if control.name not in (attached := bundle.controls):
+    if control.name not in (attached := bundle.labels):
         raise ValueError(f"control: got {control.name!r}, expected one that is attached "
                          f"({', '.join(attached) or 'none is'}); attach it with: python -m export CONTROLNET "
                          f"--into {bundle.path} --as {control.name}")

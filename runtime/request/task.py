@@ -19,13 +19,12 @@ SAID_BY = {"frames": "video", "mask": "inpaint", "image": "image-to-image"}
 
 def fields_of(manifest: Manifest) -> frozenset[str]:
     """Return the options of a request whose numbers the denoiser of this model is given."""
-    sizes = {0: (), 6: ("original_size", "crop", "target_size"), 5: ("original_size", "crop", "aesthetic_score")}
-    return frozenset((*sizes[manifest.time_ids], *(("noise_level",) if "upscale" in manifest.tasks else ())))
+    return frozenset(field for condition in manifest.conditions for field in condition.fields)
 
 
 def takes_mask(manifest: Manifest) -> bool:
     """Return whether the denoiser is given the mask itself."""
-    return "mask" in manifest.meanings
+    return manifest.condition("mask") is not None
 
 
 def task_of(request: Request, manifest: Manifest) -> str:

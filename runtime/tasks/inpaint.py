@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from kernels.host.step import initial_state
 from runtime.loop.job import Job
-from runtime.loop.step import initial_state
 from runtime.networks.denoiser import Inputs
 from runtime.pictures import read as pictures
 from runtime.request.plan import Plan

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kernels.host.step import initial_state
 from runtime.loop.job import Job
-from runtime.loop.step import initial_state
 from runtime.networks.denoiser import Inputs
 from runtime.request.plan import Plan
 from runtime.tasks.model import Model

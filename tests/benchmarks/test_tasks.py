@@ -12,8 +12,8 @@ import pytest
 from benchmarks import tasks
 from benchmarks.__main__ import main
 from benchmarks.harness.task_cases import CASES, Model, models
-from engines.bundle import TASKS as OF_CHANNELS
 from engines.spec import EngineError
+from export.families.manifest import TASKS as OF_CHANNELS
 from runtime.request.request import TASKS
 
 BY_NAME = {case.name: case for case in CASES}

@@ -67,7 +67,7 @@ def test_style_transfer(controlled, files, tmp_path):
     manifest = Bundle.open(bundle).manifest
     write_manifest(bundle, dataclasses.replace(manifest, components={
         name.replace("edge-net", "canny"): one for name, one in manifest.components.items()}))
-    assert Bundle.open(bundle).controls == ("canny",)
+    assert Bundle.open(bundle).labels == ("canny",)
     drawn, target = [], tmp_path / "styled.png"
     for control in ("0", "1"):
         example("style_transfer").main([

@@ -21,9 +21,8 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from engines import Bundle, EngineError
+from engines import Bundle, EngineError, store
 from engines.bundle.publish import lock
-from engines.store import store
 from export import ExportError
 from export import attach as attaching
 from export.__main__ import main
@@ -152,13 +151,13 @@ def test_engines_of_a_net(controlled, plain, bundle):
     """Only with a ControlNet are engines built for it and for the UNet that takes what it gives; they go with it."""
     own = [f"control_edge-net_{part}" for part in NET_PARTS]
     whole = ["control_edge-net", *own]
-    assert controlled.controls == ("edge-net",) and not plain.controls
+    assert controlled.labels == ("edge-net",) and not plain.labels
     assert [n for n in controlled.manifest.components if n not in plain.manifest.components] == whole
     before, after = (store.used(b, "onnxruntime") for b in (plain, controlled))
     assert set(after) - set(before) == {*own, "unet_control_body"} and set(before) < set(after)
-    rows = {name: config.batch for name, config in store.plan(controlled, "onnxruntime", batches=[2])}
+    rows = {name: config.dims["batch"] for name, config in store.plan(controlled, "onnxruntime", batches=[2])}
     assert [rows[name] for name in own] == [2, 32, 1, 4]
-    config = bundle.config(own[-1], backend="onnxruntime", height=64, width=64, batch=2)
+    config = bundle.config(own[-1], backend="onnxruntime", size=(64, 64), batch=2)
     path, other = store.build(bundle, own[-1], config), bundle.path / "engines" / "unet-onnxruntime-0123456789ab"
     other.mkdir()
     assert path.is_dir() and store.verify_files(bundle, path, store.Record.read(path, "")) is None
@@ -194,7 +193,7 @@ def test_a_single_file_replaces_the_net_of_its_name(bundle, checkpoint, net, tmp
     said = capsys.readouterr().out
     assert "control_edge-net_body" in said and "ControlNets: edge-net" in said and "text_encoder" not in said
     new = Bundle.open(bundle.path)
-    assert new.controls == ("edge-net",) and len(list(bundle.path.glob("control_*"))) == 1
+    assert new.labels == ("edge-net",) and len(list(bundle.path.glob("control_*"))) == 1
     assert list(new.manifest.components) == list(bundle.manifest.components)
     feed = inputs()
     got = run(new, "control_edge-net", feed)["residual_8"][0]
@@ -263,7 +262,7 @@ def test_killed_while_it_attaches(bundle, tmp_path):
         process.communicate()
     assert list(bundle.path.glob(".adding.*"))
     assert {n: v for n, v in files(bundle.path).items() if not n.startswith(".adding.")} == before
-    assert Bundle.open(bundle.path).controls == ("edge-net",)
+    assert Bundle.open(bundle.path).labels == ("edge-net",)
     detach("edge-net", bundle.path)
     assert not list(bundle.path.glob(".adding.*")) and not list(bundle.path.glob("control_*"))
 
@@ -282,7 +281,8 @@ def test_a_net_of_stable_diffusion_xl(plain, tmp_path):
     checkpoint = open_checkpoint(folder)
     unet = dataclasses.replace(plain.component("unet"), inputs=(
         *UNet(checkpoint.load("unet"), checkpoint).inputs, *residual_specs(checkpoint.unet)))
-    manifest = dataclasses.replace(plain.manifest, family="sdxl", components={"unet": unet, "unet_control": unet})
+    manifest = dataclasses.replace(plain.manifest, family="sdxl", components={
+        "unet": unet, "unet_control": dataclasses.replace(unet, variant="control")})
     got = export_component("control_xl", open_addition(net, Bundle(tmp_path, manifest), "xl"), "fp16", tmp_path)
     assert [n.removeprefix("control_xl") for n in got] == ["", *(f"_{part}" for part in NET_PARTS)]
     assert {"text_embeds", "time_ids"} < {spec.name for spec in got["control_xl"].inputs}

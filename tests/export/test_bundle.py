@@ -23,8 +23,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
-from engines import TIME_ROWS, Bundle, EngineError
-from engines.store import store
+from engines import Bundle, EngineError, store
 from export import ExportError, export
 from export.__main__ import main
 from export.families.stable_diffusion import UNet, graphs
@@ -239,7 +238,7 @@ def test_manifest_with_an_unknown_key_is_refused(bundle, tmp_path):
     data = json.loads((bundle.path / "manifest.json").read_text())
     data["components"]["unet"]["color"] = "blue"
     (tmp_path / "manifest.json").write_text(json.dumps(data))
-    with pytest.raises(EngineError, match=r"component unet: got unknown keys \['color'\]"):
+    with pytest.raises(EngineError, match=r"components\.unet: got unknown keys \['color'\]"):
         Bundle.open(tmp_path)
 
 
@@ -262,8 +261,8 @@ def test_single_file_gives_the_same_graphs_as_its_folder(checkpoints, bundles, t
     assert {n: c.files for n, c in a.components.items()} == {n: c.files for n, c in b.components.items()}
     assert (a.scheduler, a.text, a.latent) == (b.scheduler, b.text, b.latent)
     for name in store.used(bundle, "onnxruntime"):
-        rows = TIME_ROWS if name == "unet_time" else 1 if name.startswith("vae") else 2
-        config = bundle.config(name, backend="onnxruntime", height=64, width=80, batch=rows)
+        rows = bundle.component(name).row_counts(1)[-1]
+        config = bundle.config(name, backend="onnxruntime", size=(64, 80), batch=rows)
         assert store.find(bundle, name, config), name
 
 

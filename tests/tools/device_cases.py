@@ -19,6 +19,7 @@ import kernels.triton.step_input
 import kernels.triton.to_image  # noqa: F401 - registers torch.ops.latentrt, as the three above do
 from engines import Engine, TensorSpec
 from engines.onnx.low_rank import Weight
+from kernels.host.step import advance, guide, initial_state
 from runtime import Request
 from runtime.devices.bound import BoundEngine
 from runtime.devices.device import Device
@@ -27,7 +28,6 @@ from runtime.loop.frames import Memory
 from runtime.loop.job import Job, Place
 from runtime.loop.loop import Loop
 from runtime.loop.noise import Generator
-from runtime.loop.step import advance, guide, initial_state
 from runtime.schedulers import make_table, names
 from tests.runtime.schedulers.test_schedulers import STABLE
 
@@ -146,9 +146,10 @@ class FramedWave(ControlledWave):
     def __init__(self, rows: int, number: int | None = None) -> None:
         super().__init__(rows, number)
         shape = (rows, 2, LATENT[2])
-        self.inputs = {**self.inputs, "store": TensorSpec("store", "float32", (rows,)),
-                       **{name: TensorSpec(name, "float32", shape) for name in ("first_0", "previous_0")}}
-        self.outputs = {**self.outputs, "hidden_0": TensorSpec("hidden_0", "float32", shape)}
+        self.inputs = {**self.inputs, "store": TensorSpec("store", "float32", (rows,), "store"),
+                       **{f"{group}_0": TensorSpec(f"{group}_0", "float32", shape, group)
+                          for group in ("first", "previous")}}
+        self.outputs = {**self.outputs, "hidden_0": TensorSpec("hidden_0", "float32", shape, "hidden")}
 
     def bind(self, buffers: Mapping[str, Any]) -> None:
         super().bind(buffers)
@@ -182,8 +183,8 @@ class Ripple(Wave):
 
 
 def residuals(rows: int) -> dict[str, TensorSpec]:
-    return {"residual_0": TensorSpec("residual_0", "float32", (rows, *LATENT)),
-            "residual_1": TensorSpec("residual_1", "float32", (rows, 5))}
+    return {"residual_0": TensorSpec("residual_0", "float32", (rows, *LATENT), "residual"),
+            "residual_1": TensorSpec("residual_1", "float32", (rows, 5), "residual")}
 
 
 def job(index: int, seed: int = 0, steps: int = 5, **options: Any) -> Job:
@@ -209,7 +210,7 @@ def mixed() -> list[Job]:
 
 
 def expected(job: Job, steps: int | None = None) -> np.ndarray:
-    """The latents of one job after so many evaluations, one by one in numpy by `runtime/loop/step.py`; `job` is used up."""
+    """The latents of one job after so many evaluations, one by one in numpy by `kernels.host.step`; `job` is used up."""
     state = job.state.copy()
     text = job.fixed["text"][:, 1, 2]
     for i in range(job.table.rows if steps is None else steps):

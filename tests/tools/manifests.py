@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines.bundle import Bundle, Check, Component, ExtraChannels, LatentSpec, Manifest
-from engines.spec import TensorSpec
+from engines.bundle import Bundle, Check, Component, Condition, LatentSpec, Manifest
 
-MEANINGS = {"inpainting": ("mask", "masked_image"), "depth": ("depth",), "upscaler": ("low_resolution",)}
-NUMBERS = {"xl": 6, "refiner": 5}
-KINDS = ("sd", *MEANINGS, *NUMBERS)
+BASE = ("text-to-image", "image-to-image", "inpaint", "invert")
+TASKS = {"sd": (*BASE, "video"), "inpainting": ("inpaint",), "depth": ("depth-to-image",), "upscaler": ("upscale",),
+         "xl": BASE, "refiner": BASE[1:]}
+KINDS = tuple(TASKS)
+CONDITIONS = {
+    "inpainting": (("mask", "picture", 1, ()), ("masked_image", "first_stage", 4, ())),
+    "depth": (("depth", "picture", 1, ()),),
+    "upscaler": (("low_resolution", "picture", 3, ()), ("noise_level", "numbers", 0, ("noise_level",))),
+    "xl": (("sizes", "numbers", 0, ("original_size", "crop", "target_size")),),
+    "refiner": (("sizes", "numbers", 0, ("original_size", "crop", "aesthetic_score")),)}
 
 
 def bundle_of(kind: str) -> Bundle:
-    """The bundle of a kind of model: 8 pixels a latent, sizes of 8 latents; "sd" has the ControlNet canny."""
-    numbers = (TensorSpec("time_ids", "float32", ("batch", NUMBERS[kind])),) if kind in NUMBERS else ()
-    names = ["unet", "vae_decoder", *(["vae_encoder"] if kind != "upscaler" else []),
-             *(["unet_frames", "control_canny"] if kind == "sd" else [])]
-    components = {name: Component("", {}, "fp32", numbers if name == "unet" else (), (), {}, Check("", 0, 0.0, 0.0))
-                  for name in names}
+    """Return the bundle of a kind of model: 8 pixels a latent, sizes of 8 latents; "sd" has the ControlNet canny."""
+    networks = {"unet": "denoiser", **({"control_canny": "controlnet"} if kind == "sd" else {})}
+    components = {
+        network: Component(file="", files={}, dtype="fp32", role=role, network=network, rows="branch", inputs=(),
+                           label="canny" if role == "controlnet" else "", outputs=(), sites={},
+                           check=Check("", 0, 0.0, 0.0)) for network, role in networks.items()}
     return Bundle(Path(f"{kind}.bundle"), Manifest(
-        family=kind, components=components, scheduler={"_class_name": "DDIMScheduler"}, prediction_type="epsilon",
-        latent=LatentSpec(4, 0.18215, 0.0, 8, 8), text=(), default_size=(512, 512), files={}, provenance={},
-        extra_channels=tuple(ExtraChannels(meaning, 1) for meaning in MEANINGS.get(kind, ())),
-        low_res_scheduler={"_class_name": "DDPMScheduler"} if kind == "upscaler" else None,
-        max_noise_level=350 if kind == "upscaler" else 0))
+        family=kind, tasks=TASKS[kind], components=components, scheduler={"_class_name": "DDIMScheduler"},
+        conditions=tuple(Condition(meaning=meaning, input=meaning, source=source, channels=channels, fields=fields)
+                         for meaning, source, channels, fields in CONDITIONS.get(kind, ())),
+        prediction_type="epsilon", latent=LatentSpec(4, 0.18215, 0.0, 8, 8), default_size=(512, 512), files={},
+        provenance={}, low_res_scheduler={"_class_name": "DDPMScheduler"} if kind == "upscaler" else None,
+        max_noise_level=350 if kind == "upscaler" else 0,
+        defaults={"strength": 0.3} if kind in ("xl", "refiner") else {}))

@@ -14,12 +14,28 @@ import onnx
 from onnx import helper as h
 from onnx import numpy_helper
 
-from engines.bundle import Bundle, Check, Component, LatentSpec, Manifest, TextSpec, hash_files, write_manifest
+from engines.bundle import (
+    Bundle,
+    Check,
+    Component,
+    Condition,
+    DimSpec,
+    LatentSpec,
+    Manifest,
+    TextSpec,
+    hash_files,
+    write_manifest,
+)
 from engines.spec import TensorSpec
 
 FACTOR, CHANNELS, TEXT, WIDTH, TOKENS = 8, 4, 32, 32, 77
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 SIZE: tuple[int | str, ...] = ("batch", CHANNELS, "latent_height", "latent_width")
+
+
+PLACES: dict[str, tuple[str, int | str]] = {
+    "text_encoder": ("text_encoder", 2), "unet": ("denoiser", "branch"), "vae_decoder": ("first_stage_decoder", 1)}
+"""Component → its role and rows."""
 
 
 def small_bundle(path: Path, dtype: str = "fp32", external: bool = True) -> Bundle:
@@ -34,13 +50,18 @@ def small_bundle(path: Path, dtype: str = "fp32", external: bool = True) -> Bund
         sites: dict[str, int] = {}
         for node in model.graph.node:
             sites[node.op_type] = sites.get(node.op_type, 0) + 1
-        components[name] = Component(file, hash_files(path, files), dtype, tuple(inputs), tuple(outputs), sites,
-                                     Check("itself", 0, 0.0, 0.0))
+        role, rows = PLACES[name]
+        components[name] = Component(
+            file=file, files=hash_files(path, files), dtype=dtype, role=role, network=name, rows=rows,
+            inputs=tuple(inputs), outputs=tuple(outputs), sites=sites, check=Check("itself", 0, 0.0, 0.0))
     write_manifest(path, Manifest(
-        family="small", components=components, scheduler={"_class_name": "DDIMScheduler"}, prediction_type="epsilon",
+        family="small", tasks=("text-to-image",), components=components,
+        conditions=(Condition(meaning="text", input="encoder_hidden_states", source="text_encoder"),),
+        scheduler={"_class_name": "DDIMScheduler"}, prediction_type="epsilon",
         latent=LatentSpec(CHANNELS, 0.18215, 0.0, FACTOR, 1),
         text=(TextSpec("text_encoder", "tokenizer/tokenizer.json", TOKENS, 0, "last"),),
-        default_size=(64, 64), files={}, provenance={"source": "small"}))
+        default_size=(64, 64), files={}, provenance={"source": "small"},
+        dims={f"latent_{side}": DimSpec(side, FACTOR) for side in ("height", "width")}))
     return Bundle.open(path)
 
 
@@ -74,7 +95,8 @@ def _unet(dtype: str):
     y = graph("Reshape", [graph("Transpose", [tokens], perm=[0, 2, 1]), graph("Shape", [x])])
     y = graph("Conv", [y, graph.weight("conv_out.weight", (CHANNELS, WIDTH, 3, 3))], pads=[1, 1, 1, 1])
     graph.last(y, "noise_pred")
-    return graph.model([TensorSpec("sample", "float32", SIZE), TensorSpec("timestep", "float32", ("batch",)),
+    return graph.model([TensorSpec("sample", "float32", SIZE),
+                        TensorSpec("timestep", "float32", ("batch",), span=(0, 1000)),
                         TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", TEXT))],
                        [TensorSpec("noise_pred", "float32", SIZE)])
 

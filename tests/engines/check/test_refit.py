@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,10 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import engines
+from engines import Engine, Target, store
 from engines.bundle import Bundle, Check, Component
 from engines.check import refit as verify_refit
-from engines.onnx.low_rank import Weight
-from engines.openvino.backend import OpenVinoEngine
 from engines.spec import EngineConfig, EngineError, TensorSpec
-from engines.store import store
 from tests.tools.small import small_bundle
 
 IN, MIDDLE, OUT = 6, 8, 4
@@ -25,7 +23,7 @@ NAMES = {"gemm.weight", "gemm.bias", "linear.weight", "linear.bias", "matrix.wei
 
 
 @pytest.fixture
-def products(tmp_path: Path) -> tuple[Path, Component]:
+def products(tmp_path: Path) -> Target:
     """A Gemm, a transposed weight and a plain one, each with a bias; the last Add is of no bias."""
     rng = np.random.default_rng(0)
     shapes = {"gemm.weight": (MIDDLE, IN), "gemm.bias": (MIDDLE,), "linear.weight": (MIDDLE, MIDDLE),
@@ -39,13 +37,15 @@ def products(tmp_path: Path) -> tuple[Path, Component]:
     model = h.make_model(h.make_graph(nodes, "products", values[:1], values[1:], weights), ir_version=11,
                          opset_imports=[h.make_opsetid("", 23)])
     onnx.save(model, tmp_path / "products.onnx")
-    component = Component("products.onnx", {}, "fp32", (TensorSpec("x", "float32", ("batch", IN)),),
-                          (TensorSpec("y", "float32", ("batch", OUT)),), {}, Check("itself", 0, 0.0, 0.0))
-    return tmp_path / "products.onnx", component
+    component = Component(
+        file="products.onnx", files={}, dtype="fp32", role="products", network="products", rows="image",
+        inputs=(TensorSpec("x", "float32", ("batch", IN)),), outputs=(TensorSpec("y", "float32", ("batch", OUT)),),
+        sites={}, check=Check("itself", 0, 0.0, 0.0))
+    return Target(tmp_path, "products", component, EngineConfig("openvino", {"batch": 3}))
 
 
-def test_every_weight_and_bias_is_found_and_changed(products: tuple[Path, Component]) -> None:
-    file = products[0]
+def test_every_weight_and_bias_is_found_and_changed(products: Target) -> None:
+    file = products.onnx
     weights = verify_refit.perturbed(file, 1)
     assert set(weights) == NAMES and verify_refit.biases(file) == {n for n in NAMES if n.endswith("bias")}
     old = {w.name: numpy_helper.to_array(w) for w in onnx.load(file).graph.initializer}
@@ -56,45 +56,43 @@ def test_every_weight_and_bias_is_found_and_changed(products: tuple[Path, Compon
     assert set(verify_refit.perturbed(file, 1, ["linear.bias"])) == {"linear.bias"}
 
 
-def opened(backend: str, products: tuple[Path, Component], kind: type | None = None):
-    file, component = products
-    config = EngineConfig(backend, batch=3)
-    if kind is not None:
-        return kind(file, component, config), config
-    module = engines.backend(backend)
-    module.build(file, component, config, file.parent)
-    return module.load(file, component, config, file.parent), config
+def opened(target: Target) -> Engine:
+    module = engines.backend(target.config.backend)
+    module.build(target, target.directory)
+    return module.load(target, target.directory)
+
+
+def forgetting(engine: Engine, lost: str, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The engine, which from now on drops the new values of one weight."""
+    refit = engine.refit
+    monkeypatch.setattr(engine, "refit", lambda weights: refit({n: v for n, v in weights.items() if n != lost}))
+    return engine
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_engines_that_take_new_weights_pass(products: tuple[Path, Component], backend: str) -> None:
-    file, component = products
-    engine, config = opened(backend, products)
-    weights = verify_refit.perturbed(file, 1)
-    figures = verify_refit.compare(engine, file, component, config, weights)
+def test_engines_that_take_new_weights_pass(products: Target, backend: str) -> None:
+    target = dataclasses.replace(products, config=EngineConfig(backend, {"batch": 3}))
+    engine, weights = opened(target), verify_refit.perturbed(target.onnx, 1)
+    figures = verify_refit.compare(engine, target, weights)
     assert 0 <= figures.rel_rms < 1e-5 and figures.reference == "onnxruntime fp32 on cpu with the same weights"
-    assert verify_refit.ignored(engine, file, weights) == []
+    assert verify_refit.ignored(engine, target.onnx, weights) == []
     weights = {**weights, "matrix.bias": np.zeros(OUT, np.float32)}
-    assert verify_refit.ignored(engine, file, weights) == ["matrix.bias"]  # turned round it is what it was
+    assert verify_refit.ignored(engine, target.onnx, weights) == ["matrix.bias"]  # turned round it is what it was
 
 
 @pytest.mark.parametrize("lost", sorted(n for n in NAMES if n.endswith("bias")))
-def test_an_engine_that_loses_a_bias_does_not_pass(products: tuple[Path, Component], lost: str) -> None:
-    class Forgetful(OpenVinoEngine):
-        def refit(self, weights: Mapping[str, Weight]) -> None:
-            super().refit({name: value for name, value in weights.items() if name != lost})
-
-    file, component = products
-    engine, config = opened("openvino", products, Forgetful)
-    weights = verify_refit.perturbed(file, 1)
+def test_an_engine_that_loses_a_bias_does_not_pass(products: Target, lost: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = forgetting(opened(products), lost, monkeypatch)
+    weights = verify_refit.perturbed(products.onnx, 1)
     with pytest.raises(EngineError, match=r"with 6 new weights: output y differs from onnxruntime fp32"):
-        verify_refit.compare(engine, file, component, config, weights)
-    assert verify_refit.ignored(engine, file, weights) == [lost]
+        verify_refit.compare(engine, products, weights)
+    assert verify_refit.ignored(engine, products.onnx, weights) == [lost]
 
 
 def test_the_engine_in_a_directory(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "small")
-    config = bundle.config("unet", backend="openvino", height=64, width=64, batch=2)
+    config = bundle.config("unet", backend="openvino", size=(64, 64), batch=2)
     path = store.build(bundle, "unet", config)
     assert verify_refit.check(bundle, "unet", config, path).rel_rms < 1e-4
     old = {"conv_in.bias": numpy_helper.to_array(next(
@@ -108,13 +106,10 @@ def test_a_backend_that_refits_is_checked_when_it_is_built(tmp_path: Path, monke
     bundle = Bundle.open(small_bundle(tmp_path / "small").path)
     module = engines.backend("openvino")
 
-    class Forgetful(OpenVinoEngine):
-        def refit(self, weights: Mapping[str, Weight]) -> None:
-            super().refit({name: value for name, value in weights.items() if name != "conv_in.bias"})
-
-    monkeypatch.setattr(module, "refits", lambda config: True, raising=False)
-    config = bundle.config("unet", backend="openvino", height=64, width=64, batch=2)
+    load = module.load
+    monkeypatch.setattr(module, "refits", lambda config: True)
+    config = bundle.config("unet", backend="openvino", size=(64, 64), batch=2)
     store.build(bundle, "unet", config)
-    monkeypatch.setattr(module, "OpenVinoEngine", Forgetful)
+    monkeypatch.setattr(module, "load", lambda *given: forgetting(load(*given), "conv_in.bias", monkeypatch))
     with pytest.raises(EngineError, match=r"engine with \d new weights: output noise_pred differs"):
         store.build(bundle, "unet", config, rebuild=True)

@@ -19,6 +19,7 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import engines
+from engines import store
 from engines.bundle import Bundle
 from engines.check import verify
 from engines.inductor import nodes as onnx_nodes
@@ -26,8 +27,7 @@ from engines.inductor.backend import CONSTANTS, PACKAGE, RECORD
 from engines.inductor.options import KERNELS, NATIVE
 from engines.machine.buffers import resolve
 from engines.spec import EngineConfig, EngineError
-from engines.store import store
-from kernels.cpu import native
+from kernels.cpu import library
 from tests.engines.store.test_store import bound, rel_rms, unet, weights
 from tests.tolerances import ENGINE_REL_RMS, IMAGE_MAX
 from tests.tools.small import small_bundle
@@ -37,14 +37,14 @@ torch = pytest.importorskip("torch")
 from engines.inductor import module as onnx_torch  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
-KERNELS_OF = {"fp32": {}, "bf16": {} if native.available() else dict.fromkeys(NATIVE, "latentrt")}
+KERNELS_OF = {"fp32": {}, "bf16": {} if library.available() else dict.fromkeys(NATIVE, "latentrt")}
 """Options of the small UNet in each dtype: in fp32 both kernels are timed, in bf16 the C++ ones are asked for."""
 module = engines.backend("inductor")
 COMPONENTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 
 
 def config(bundle, component="unet", **rest):
-    return bundle.config(component, backend="inductor", **{"height": 64, "width": 64, "batch": 2, **rest})
+    return bundle.config(component, backend="inductor", **{"size": (64, 64), "batch": 2, **rest})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,7 +166,7 @@ def test_what_a_build_leaves(small):
     found = module.details(path)
     assert {kind: sum(sites.values()) for kind, sites in found["sites"].items()} == {
         "attention": 1, "group_norm": 1, "layer_norm": 1}
-    timed = {} if native.available() else dict.fromkeys(NATIVE, "auto")
+    timed = {} if library.available() else dict.fromkeys(NATIVE, "auto")
     assert {kind: one["asked"] for kind, one in found["kernels"].items()} == dict.fromkeys(
         found["sites"], "torch") | timed
     assert {row["kind"] for row in found["timings"]} == set(timed) and not found["failed"]
@@ -176,7 +176,7 @@ def test_what_a_build_leaves(small):
         assert found["kernels"][row["kind"]]["used"] == row["used"]
 
 
-@pytest.mark.skipif(bool(native.available()) or "bf16" not in module.dtypes(), reason="needs the C++ kernels and bf16")
+@pytest.mark.skipif(bool(library.available()) or "bf16" not in module.dtypes(), reason="needs the C++ kernels and bf16")
 def test_the_kernels_that_are_asked_for_are_used(small):
     found = module.details(store.find(small, "unet", config(small, dtype="bf16", options=KERNELS_OF["bf16"])))
     assert found["sites"] == {"attention": {"latentrt": 1}, "group_norm": {"latentrt": 1}, "layer_norm": {"torch": 1}}
@@ -268,14 +268,14 @@ def test_a_fresh_process_opens_it_without_a_compiler(small):
         import engines
         from engines import verify
         bundle = engines.Bundle.open({str(small.path)!r})
-        own = bundle.config("unet", backend="inductor", height=64, width=64, batch=2)
+        own = bundle.config("unet", backend="inductor", size=(64, 64), batch=2)
         engine = store.load(bundle, "unet", own)
         out = verify.run(engine, verify.inputs(engine.inputs.values(), 6))["noise_pred"]
         sys.stdout.buffer.write(out.tobytes())
         heavy = {{"onnx", "onnx_ir", "onnxscript", "diffusers", "transformers", "triton"}} & set(sys.modules)
         assert not heavy - {{"triton"}}, heavy
         try:
-            store.build(bundle, "vae_decoder", bundle.config("vae_decoder", backend="inductor", height=64, width=64,
+            store.build(bundle, "vae_decoder", bundle.config("vae_decoder", backend="inductor", size=(64, 64),
                                                                batch=1))
         except engines.EngineError as e:
             sys.stderr.write(str(e))
@@ -432,7 +432,7 @@ def test_a_gpu_graph_holds_our_kernels(bundles):
             x, memory_format=memory_format)
         bundle = Bundle.open({str(bundles["sd2"])!r})
         spec = bundle.component("unet")
-        inputs = resolve(spec.inputs, bundle.config("unet", backend="inductor", height=64, width=64, batch=2))
+        inputs = resolve(spec.inputs, bundle.config("unet", backend="inductor", size=(64, 64), batch=2))
         graph = onnx_torch.rewrite(onnx_nodes.read(bundle.path / spec.file), True)
         with FakeTensorMode(), torch.no_grad():
             shapes = {{n: (s.shape, s.dtype) for n, s in inputs.items()}}
@@ -471,13 +471,13 @@ def test_a_pipeline_draws_the_reference_picture(bundles, tmp_path):
     from runtime import Pipeline, Request
 
     bundle = Bundle.open(shutil.copytree(bundles["sd1_one_level"], tmp_path / "bundle"))
-    request = Request("a cat and a horse", steps=3, seed=5, height=16, width=16, scheduler="ddim")
+    request = Request("a cat and a horse", steps=3, seed=5, size=(16, 16), scheduler="ddim")
     pictures = []
     for backend in ("onnxruntime", "inductor"):
         pipe = Pipeline.load(bundle.path, backend, dtype="fp32", size=(16, 16))
         pictures.append(pipe.decode(pipe(request).latents))
     np.testing.assert_allclose(pictures[1], pictures[0], atol=IMAGE_MAX, rtol=0)
-    own = config(bundle, "unet_body", height=16, width=16)
+    own = config(bundle, "unet_body", size=(16, 16))
     built = set(store.engine_directories(bundle))
     changed = {"conv_out.bias": np.float32([1, 2, 3, 4])}
     outputs = []
@@ -529,7 +529,7 @@ def test_a_captured_run_sees_new_inputs_and_new_weights(tmp_path):
 def test_versions_name_the_device():
     """And the C++ kernels, where an engine may hold calls of them."""
     named = {"inductor", "cpu", "arch", "isa"}
-    assert set(module.versions(EngineConfig("inductor"))) == named | (set() if native.available() else {"kernels"})
+    assert set(module.versions(EngineConfig("inductor"))) == named | (set() if library.available() else {"kernels"})
     own = EngineConfig("inductor", options=dict.fromkeys(NATIVE, "torch"))
     assert set(module.versions(own)) == named
     assert module.versions()["inductor"].startswith(torch.__version__.partition("+")[0])

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import engines
+from engines import store
 from engines.bundle import Bundle
 from engines.check import verify
 from engines.inductor import nodes as onnx_nodes
 from engines.inductor.options import LEAST, check_fp8
 from engines.machine.buffers import resolve
 from engines.spec import EngineError
-from engines.store import store
 from tests.engines.inductor.test_backend import config, quick  # noqa: F401  quick: compiles without trying instructions
 from tests.engines.store.test_store import rel_rms
 from tests.tolerances import ENGINE_REL_RMS
@@ -97,7 +97,7 @@ def bundle(bundles, tmp_path_factory):
 
 
 def in_fp8(bundle, **rest):
-    return config(bundle, "unet_text", **{"height": 0, "width": 0, "options": FP8, **rest})
+    return config(bundle, "unet_text", **{"size": None, "options": FP8, **rest})
 
 
 def test_an_engine_in_float8_says_so_and_is_held_to_it(bundle, monkeypatch):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import engines
+from engines import store
 from engines.bundle import Bundle
 from engines.openvino.passes import halve_gates, narrow, own_attention, own_group_norm
 from engines.spec import EngineError
-from engines.store import store
-from kernels.cpu import native
+from kernels.cpu import library
 from tests.tolerances import ENGINE_REL_RMS
 
 ov = pytest.importorskip("openvino")
@@ -42,7 +42,7 @@ def graph(head_dim: int = 40, *, keys: int = 24, swapped: bool = True, causal: b
 
 def outputs(model: Any, precision: str) -> list[np.ndarray]:
     core = ov.Core()
-    core.add_extension(str(native.openvino_extension()))
+    core.add_extension(str(library.openvino_extension()))
     rng = np.random.default_rng(0)
     feed = {p.get_friendly_name(): rng.standard_normal(list(p.get_output_shape(0))).astype(np.float32)
             for p in model.get_parameters()}
@@ -190,7 +190,7 @@ def test_the_option_chooses_whose_kernel_an_engine_has(bundles, kind: str) -> No
     results = {}
     for name in ("latentrt", "openvino"):
         options = dict.fromkeys(module.KERNELS, "openvino") | {kind: name}
-        config = bundle.config("unet", backend="openvino", height=64, width=64, batch=2, options=options)
+        config = bundle.config("unet", backend="openvino", size=(64, 64), batch=2, options=options)
         engine = store.load(bundle, "unet", config)
         rng = np.random.default_rng(0)
         buffers = {spec.name: spec.empty() for spec in (*engine.inputs.values(), *engine.outputs.values())}
@@ -208,7 +208,7 @@ def test_a_wrong_choice_is_refused(bundles, monkeypatch: pytest.MonkeyPatch) -> 
     bundle = Bundle.open(bundles["shapes"])
 
     def load(**options: str) -> None:
-        store.load(bundle, "unet", bundle.config("unet", backend="openvino", height=64, width=64, batch=2,
+        store.load(bundle, "unet", bundle.config("unet", backend="openvino", size=(64, 64), batch=2,
                                                    options=options))
 
     with pytest.raises(EngineError, match="option attention: got 'flash', expected one of latentrt, openvino"):

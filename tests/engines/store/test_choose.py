@@ -11,11 +11,11 @@ import pytest
 import engines
 from benchmarks.__main__ import main as benchmark
 from engines import __main__ as cli
+from engines import store
 from engines.bundle import Bundle
 from engines.cli.options import picture_size, positive
 from engines.spec import EngineError
 from engines.store import choose as choice
-from engines.store import store
 from engines.store.choose import choose
 from runtime.__main__ import main as draw
 from tests.conftest import why_no_gpu
@@ -44,7 +44,7 @@ def bundle(original, tmp_path):
 
 
 def config(bundle, backend, dtype, batch=2, **rest):
-    return bundle.config("unet", backend=backend, dtype=dtype, height=64, width=64, batch=batch, **rest)
+    return bundle.config("unet", backend=backend, dtype=dtype, size=(64, 64), batch=batch, **rest)
 
 
 def rewrite(bundle, backend, dtype, **timing):
@@ -67,15 +67,6 @@ def test_a_built_engine_is_timed(bundle):
     assert store.Record.read(unchecked, "").timing is None
 
 
-def test_a_record_of_format_1_has_no_timing(bundle):
-    path = store.find(bundle, "unet", config(bundle, "openvino", "fp32"))
-    record = json.loads((path / "engine.json").read_text())
-    del record["timing"]
-    (path / "engine.json").write_text(json.dumps({**record, "format": 1}))
-    assert store.Record.read(path, "").timing is None
-    store.load(bundle, "unet", config(bundle, "openvino", "fp32"))
-
-
 @without_gpu
 def test_without_figures_it_is_the_preferred_one():
     assert choose() == ("openvino", PREFERRED, "cpu", "preferred of what can be used here")
@@ -89,7 +80,7 @@ def test_the_fastest_that_was_measured_wins(bundle):
         set_times(bundle, **times)
         found = choose(bundle=bundle, device="cpu")
         assert found[:2] == ENGINES[fastest]
-    assert found.why == "12.3 ms a UNet call, the fastest measured here (openvino fp32 100 ms, " \
+    assert found.why == "12.3 ms a step, the fastest measured here (openvino fp32 100 ms, " \
                         f"openvino {PREFERRED} 200 ms)"
     assert choose("openvino", bundle=bundle)[:2] == ("openvino", "fp32")
     assert choose("openvino", PREFERRED, bundle=bundle)[:2] == ("openvino", PREFERRED)
@@ -131,9 +122,7 @@ def backend_of_a_gpu(runnable):
 def test_a_gpu_goes_before_the_cpu_where_it_can_run(bundle, monkeypatch):
     gpu = backend_of_a_gpu(None)
     monkeypatch.setattr(choice, "gpus", lambda: [SimpleNamespace(arch="sm_90")])
-    monkeypatch.setattr(engines, "BACKENDS", {**engines.BACKENDS, "tensorrt": ""})
-    real = engines.backend
-    monkeypatch.setattr(engines, "backend", lambda name: gpu if name == "tensorrt" else real(name))
+    monkeypatch.setattr(choice, "opened", lambda name: gpu if name == "tensorrt" else engines.backend(name))
     assert choose(bundle=bundle)[:3] == ("tensorrt", "fp32", "cuda:0")  # the precision of the graph
     assert choose(device="cuda")[:3] == ("tensorrt", "fp16", "cuda:0")
     assert choose(device="sm_90")[:3] == ("tensorrt", "fp16", "sm_90")
@@ -145,14 +134,14 @@ def test_a_gpu_goes_before_the_cpu_where_it_can_run(bundle, monkeypatch):
 
 
 def test_backends_that_this_version_does_not_have_are_passed_over(monkeypatch):
-    monkeypatch.setattr(engines, "BACKENDS", {"onnxruntime": "engines.onnxruntime.backend"})
+    monkeypatch.delitem(engines.BACKENDS, "openvino")
     assert choose(device="cpu")[:1] == ("onnxruntime",)
 
 
 def test_nothing_that_can_be_used_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(engines, "BACKENDS", {n: m for n, m in engines.BACKENDS.items() if n != "inductor"})
+    monkeypatch.delitem(engines.BACKENDS, "inductor")
     with pytest.raises(EngineError, match=r"no engine can be used on cpu: .*pip install openvino.*pip install onnxr"):
         choose(device="cpu")
 
@@ -180,7 +169,7 @@ def test_the_command_line_says_what_auto_is(bundle, capsys):
     set_times(bundle, preferred=0.2, fp32=0.3 if PREFERRED != "fp32" else 0.2, other=0.1)
     assert cli.main(["list", str(bundle.path)]) == 0
     out = capsys.readouterr().out
-    assert "auto: onnxruntime fp32 on cpu: 100 ms a UNet call, the fastest measured here (openvino" in out
+    assert "auto: onnxruntime fp32 on cpu: 100 ms a step, the fastest measured here (openvino" in out
     assert cli.main(["build", str(bundle.path), "--backend", "auto", "--component", "unet", "--json"]) == 0
     said = capsys.readouterr()
     assert "auto: onnxruntime fp32 on cpu: 100 ms" in said.err

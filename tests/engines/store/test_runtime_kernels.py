@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engines import EngineError
+from engines import EngineError, store
 from engines.bundle import Bundle
-from engines.store import store
 from engines.store.runtime_kernels import NEEDED, runtime_kernels
 from kernels.aot.artefact import Artefact, artefacts
 from tests.tools.small import small_bundle

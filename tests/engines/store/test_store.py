@@ -18,11 +18,12 @@ from onnx import numpy_helper
 
 import engines
 from engines import __main__ as cli
+from engines import store
 from engines.bundle import Bundle
 from engines.check import verify
 from engines.onnx.initializers import initializers
 from engines.spec import EngineConfig, EngineError
-from engines.store import sources, store
+from engines.store import sources
 from tests.tolerances import ENGINE_REL_RMS
 from tests.tools.small import small_bundle
 
@@ -32,7 +33,7 @@ pytest.importorskip("openvino")
 
 ROOT = Path(__file__).parents[3]
 BACKENDS = [name for name in engines.BACKENDS if not engines.backend(name).on_gpu and name != "inductor"]
-"""Those whose engines are made in no time; tests/engines/inductor/test_backend.py asks the same of the one that compiles C++."""
+"""Backends whose engines are made in no time; tests/engines/inductor/ asks the same of the one that compiles C++."""
 SHAPES = [pytest.param(64, 64, 1, id="64x64-1"), pytest.param(64, 96, 2, id="64x96-2")]
 
 
@@ -57,8 +58,8 @@ def bundle(originals, tmp_path):
     return Bundle.open(shutil.copytree(originals["fp32", True], tmp_path / "small"))
 
 
-def config(bundle, backend="openvino", component="unet", height=64, width=64, batch=1, **rest):
-    return bundle.config(component, backend=backend, height=height, width=width, batch=batch, **rest)
+def config(bundle, backend="openvino", component="unet", size=(64, 64), batch=1, **rest):
+    return bundle.config(component, backend=backend, size=size, batch=batch, **rest)
 
 
 def rel_rms(got, expected):
@@ -97,7 +98,7 @@ def bound(engine, seed=0):
 @pytest.mark.parametrize(("height", "width", "batch"), SHAPES)
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 def test_equals_torch(bundle, backend, dtype, height, width, batch):
-    engine = store.load(bundle, "unet", config(bundle, backend, height=height, width=width, batch=batch, dtype=dtype))
+    engine = store.load(bundle, "unet", config(bundle, backend, size=(height, width), batch=batch, dtype=dtype))
     feed = verify.inputs(engine.inputs.values(), 3)
     got = verify.run(engine, feed)["noise_pred"]
     assert got.shape == (batch, 4, height // 8, width // 8)
@@ -123,7 +124,7 @@ def test_a_widened_graph_holds_no_second_copy_of_the_weights(originals, tmp_path
 @pytest.mark.parametrize("component", ["text_encoder", "vae_decoder"])
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 def test_other_components_equal_the_reference(bundle, component, backend, dtype):
-    own = config(bundle, backend, component, width=96, batch=2, dtype=dtype)
+    own = config(bundle, backend, component, size=(64, 96), batch=2, dtype=dtype)
     engine = store.load(bundle, component, own)
     feed = verify.inputs(engine.inputs.values(), 5)
     expected = verify.reference(bundle, component, own, feed)
@@ -254,8 +255,8 @@ def test_a_hit_does_not_build(bundle):
     assert os.listdir(bundle.path / "engines") == [first.name]
 
 
-CHANGES = {"backend": "onnxruntime", "dtype": "bf16", "batch": 2, "height": 8, "width": 8, "latent_height": 16,
-           "latent_width": 16, "sequence": 10, "device": "cpu:avx2", "threads": 1, "options": {"a": "b"}}
+CHANGES = {"backend": "onnxruntime", "dtype": "bf16", "dims": {"batch": 2, "latent_height": 16},
+           "device": "cpu:avx2", "threads": 1, "options": {"a": "b"}}
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(EngineConfig)])
@@ -288,7 +289,8 @@ def test_everything_else_that_matters_changes_the_key(bundle, monkeypatch, what)
     assert store.find(bundle, "unet", own) is None
     reason = store.stale(bundle, store.Record.read(path, ""))
     assert reason and {"graph": "component.files.unet.onnx", "version": "versions.openvino", "cpu": "versions.cpu",
-                       "source": "source.engines/openvino/backend.py", "dtype of the component": "component.dtype"}[what] in reason
+                       "source": "source.engines/openvino/backend.py",
+                       "dtype of the component": "component.dtype"}[what] in reason
 
 
 def change_sources(monkeypatch):
@@ -367,9 +369,9 @@ def test_a_read_only_bundle_uses_the_cache_directory(bundle, tmp_path):
         import ctypes
         ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # root obeys modes too
         import engines
-        from engines.store import store
+        from engines import store
         bundle = engines.Bundle.open({str(bundle.path)!r})
-        own = bundle.config("vae_decoder", backend="onnxruntime", height=64, width=64, batch=1)
+        own = bundle.config("vae_decoder", backend="onnxruntime", size=(64, 64), batch=1)
         print(store.build(bundle, "vae_decoder", own))
         store.load(bundle, "vae_decoder", own)
     """)
@@ -414,7 +416,7 @@ def test_a_damaged_onnx_file_is_refused(bundle, backend, built):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda r: r.update(format=99), "engine format 99, this version reads up to 2"),
+    (lambda r: r.update(format=99), "got engine format 99, expected 3; build it again"),
     (lambda r: r.update(surprise=1), r"unknown keys \['surprise'\]"),
     (lambda r: r.pop("files"), r"missing keys \['files'\]"),
     (lambda r: r.pop("config"), "not a readable engine record"),
@@ -434,11 +436,11 @@ def test_a_damaged_record_names_the_command(bundle, change, message):
 
 
 def scaled(bundle, factor):
-    """An `openvino.load` whose engine is not what the graph says: the last weights are scaled."""
-    module = engines.backend("openvino")
+    """A `load` of the OpenVINO backend whose engine is not what the graph says: the last weights are scaled."""
+    real = engines.backend("openvino").load
 
-    def load(onnx_file, component, own, directory):
-        engine = module.OpenVinoEngine(onnx_file, component, own)
+    def load(*given):
+        engine = real(*given)
         engine.refit({"conv_out.weight": (weights(bundle)["conv_out.weight"] * factor).astype(np.float32)})
         return engine
     return load
@@ -487,14 +489,14 @@ def builder(bundle, own) -> subprocess.Popen[str]:
         import sys
         import engines
         module = engines.backend({own.backend!r})
-        def build(*arguments, real=module.build):
-            (arguments[3] / "half").write_text("half")
+        def build(target, directory, real=module.build):
+            (directory / "half").write_text("half")
             print("in", flush=True)
             sys.stdin.readline()
-            (arguments[3] / "half").unlink()
-            real(*arguments)
+            (directory / "half").unlink()
+            real(target, directory)
         module.build = build
-        from engines.store import store
+        from engines import store
         bundle = engines.Bundle.open({str(bundle.path)!r})
         store.build(bundle, "unet", engines.EngineConfig.from_json({own.to_json()!r}))
     """)
@@ -507,7 +509,7 @@ def builder(bundle, own) -> subprocess.Popen[str]:
 def test_a_second_builder_waits_for_the_first(bundle, caplog):
     own = config(bundle)
     first = builder(bundle, own)
-    code = f"import engines; from engines.store import store; b = engines.Bundle.open({str(bundle.path)!r}); " \
+    code = f"import engines; from engines import store; b = engines.Bundle.open({str(bundle.path)!r}); " \
            f"print(store.build(b, 'unet', " \
            f"engines.EngineConfig.from_json({own.to_json()!r})))"
     second = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -579,7 +581,7 @@ def test_list_shows_stale_and_damaged_engines(bundle, capsys, monkeypatch):
         assert 'stale: versions.openvino: ' in run(capsys, "list", bundle.path)[1]
         assert run(capsys, "verify", bundle.path)[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "BACKENDS", {"onnxruntime": "engines.onnxruntime.backend"})
+        patch.delitem(engines.BACKENDS, "openvino")
         assert "unusable here: backend: got 'openvino'" in run(capsys, "list", bundle.path)[1]
     (path / "engine.json").write_text("[]")
     assert "damaged: " in run(capsys, "list", bundle.path)[1]
@@ -621,10 +623,10 @@ def test_loading_and_running_imports_nothing_heavy(bundle):
         import engines
         light = {{"onnxruntime", "openvino", "tqdm"}} & set(sys.modules)
         assert not light, light
-        from engines.store import store
+        from engines import store
         bundle = engines.Bundle.open({str(bundle.path)!r})
         for backend in {BACKENDS!r}:
-            engine = store.load(bundle, "unet", bundle.config("unet", backend=backend, height=64, width=64, batch=1))
+            engine = store.load(bundle, "unet", bundle.config("unet", backend=backend, size=(64, 64), batch=1))
             engine.refit({{"norm.bias": engine.inputs["timestep"].empty().repeat(32) * 0}})
         heavy = {{"torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "transformers"}} & set(sys.modules)
         assert not heavy, heavy

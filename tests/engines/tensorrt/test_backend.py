@@ -26,12 +26,12 @@ from onnx import helper
 
 import engines
 from engines import __main__ as cli
+from engines import store
 from engines.bundle import Bundle
 from engines.check import verify
 from engines.machine.buffers import device_address
 from engines.machine.gpu import Memory
 from engines.spec import EngineConfig, EngineError
-from engines.store import store
 from engines.store.choose import choose
 from engines.tensorrt import choice as tensorrt_choice
 from engines.tensorrt.backend import ENTERPRISE, RTX, Options
@@ -65,7 +65,7 @@ def sd1(bundles, tmp_path):
 
 
 def config(bundle, component="unet", **rest):
-    values = {"backend": "tensorrt-rtx", "device": "sm_89", "height": 64, "width": 64, "batch": 2,
+    values = {"backend": "tensorrt-rtx", "device": "sm_89", "size": (64, 64), "batch": 2,
               "dtype": bundle.component(component).dtype}
     return bundle.config(component, **{**values, **rest})
 
@@ -90,7 +90,7 @@ def test_builds_what_is_exported(sd1, component):
 
 
 def test_the_shape_is_in_the_plan_and_the_same_build_gives_the_same_plan(bundle):
-    paths = [store.build(bundle, "vae_decoder", config(bundle, "vae_decoder", width=width)) for width in (64, 96)]
+    paths = [store.build(bundle, "vae_decoder", config(bundle, "vae_decoder", size=(64, width))) for width in (64, 96)]
     assert len({(path / PLAN).read_bytes() for path in paths}) == 2
     first = (paths[0] / PLAN).read_bytes()
     store.build(bundle, "vae_decoder", config(bundle, "vae_decoder"), rebuild=True)
@@ -255,8 +255,8 @@ def test_the_timing_cache_is_written_whole(tmp_path):
     assert (tmp_path / "deep" / "cache").read_bytes() == b"two" and len(os.listdir(tmp_path / "deep")) == 1
 
 
-CHANGES = {"backend": "openvino", "dtype": "bf16", "batch": 3, "height": 8, "width": 8, "latent_height": 16,
-           "latent_width": 16, "sequence": 10, "device": "sm_86", "threads": 1, "options": {"workspace": "64"}}
+CHANGES = {"backend": "openvino", "dtype": "bf16", "dims": {"batch": 3},
+           "device": "sm_86", "threads": 1, "options": {"workspace": "64"}}
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(EngineConfig)])

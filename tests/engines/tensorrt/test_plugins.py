@@ -216,7 +216,7 @@ def test_every_site_of_what_is_exported(bundles: dict[str, Path]) -> None:
     bundle = Bundle.open(bundles["shapes"])
     for name in ("unet", "vae_decoder", "text_encoder"):
         component = bundle.component(name)
-        config = bundle.config(name, backend="tensorrt", device="cuda:0", height=64, width=64, batch=2)
+        config = bundle.config(name, backend="tensorrt", device="cuda:0", size=(64, 64), batch=2)
         shapes = {s.name: tuple(map(int, s.resolve(config.dims).shape)) for s in component.inputs}
         model = ir.load(bundle.path / component.file)
         before = sum(node.op_type == "Transpose" for node in model.graph)

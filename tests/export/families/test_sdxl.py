@@ -18,8 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from benchmarks import pipeline
 from benchmarks.__main__ import main
 from benchmarks.harness import components, given, limits, on_cpu, turns
-from engines import Bundle
-from engines.store import store
+from engines import Bundle, store
 from engines.store.choose import choose
 from export import ExportError
 from export.families.stable_diffusion import graphs
@@ -121,7 +120,7 @@ def test_manifest(bundle):
 def test_an_engine_is_as_right_as_that_of_another_model(bundle, name):
     """In the CPU's fastest precision, at sizes such as 1023, which bfloat16 does not hold."""
     backend, dtype = "openvino", choose("openvino")[1]
-    config = bundle.config(name, backend=backend, height=64, width=96, batch=2, dtype=dtype)
+    config = bundle.config(name, backend=backend, size=(64, 96), batch=2, dtype=dtype)
     assert store.build(bundle, name, config)
 
 

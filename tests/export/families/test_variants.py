@@ -29,10 +29,9 @@ import torch
 from torch import nn
 
 import engines
-from engines import Bundle, EngineConfig
+from engines import Bundle, EngineConfig, store
 from engines.check import verify
 from engines.spec import TensorSpec
-from engines.store import store
 from export.trace.module import trace_module
 from runtime.schedulers import make_table
 from tests.runtime.schedulers.test_schedulers import SHAPE, model, run_table
@@ -48,7 +47,7 @@ BETAS = (0.00085, 0.012)
     ("inpainting_2", 9, 0.18215, 8, BETAS)])
 def test_channels_and_scales(bundles, name, channels, scale, factor, betas):
     manifest = Bundle.open(bundles[name]).manifest
-    assert 4 + sum(extra.channels for extra in manifest.extra_channels) == channels
+    assert 4 + sum(extra.channels for extra in manifest.joined) == channels
     assert (manifest.latent.scale, manifest.latent.factor) == (scale, factor)
     config = manifest.scheduler
     assert (config["beta_schedule"], config["beta_start"], config["beta_end"]) == ("scaled_linear", *betas)
@@ -62,7 +61,7 @@ def test_latent_sizes(bundles, name, latents):
     """Of 512x512, 512x768 and 768x768 pictures, of the upscaler's 512x512, and of 480x640, as it is or padded."""
     bundle = Bundle.open(bundles[name])
     height, width = (side * bundle.manifest.latent.factor for side in latents)
-    config = bundle.config("unet_body", backend="openvino", batch=1, height=height, width=width)
+    config = bundle.config("unet_body", backend="openvino", batch=1, size=(height, width))
     record = store.Record.read(store.build(bundle, "unet_body", config), "")
     assert record.check.rel_rms < ENGINE_REL_RMS["fp32"]
     assert {spec.resolve(config.dims).shape[2:] for spec in bundle.component("unet_body").outputs} == {latents}
@@ -72,7 +71,7 @@ def test_batches(bundles):
     """The rows that one, two and three pictures have, with guidance and without."""
     bundle = Bundle.open(bundles["sd2"])
     plan = store.plan(bundle, "openvino", sizes=[(64, 64)], batches=[1, 2, 3], components=["unet_body"])
-    assert sorted(config.batch for _, config in plan) == [1, 2, 3, 4, 6]
+    assert sorted(config.dims["batch"] for _, config in plan) == [1, 2, 3, 4, 6]
     for name, config in plan:
         assert store.Record.read(store.build(bundle, name, config), "").check.rel_rms < ENGINE_REL_RMS["fp32"]
 
@@ -134,7 +133,7 @@ def test_networks_of_other_models(tmp_path, name):
     sizes = {"sequence": 2 * CONDITION - 1} if name == "gpt" else {}
     results = {"inductor": in_torch(file, feed)}
     for backend in ("onnxruntime", "openvino"):
-        config, directory = EngineConfig(backend, batch=1, **sizes), tmp_path / backend
+        config, directory = EngineConfig(backend, {"batch": 1, **sizes}), tmp_path / backend
         directory.mkdir()
         engines.backend(backend).build(file, component, config, directory)
         results[backend] = verify.run(engines.backend(backend).load(file, component, config, directory), feed)

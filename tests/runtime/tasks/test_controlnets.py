@@ -34,7 +34,8 @@ def path(controlled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ControlNets: the second is the first under another name."""
     path = shutil.copytree(controlled, tmp_path_factory.mktemp("nets") / "bundle")
     manifest = Bundle.open(path).manifest
-    again = {name.replace("edge-net", "soft"): one for name, one in manifest.components.items() if "edge-net" in name}
+    again = {name.replace("edge-net", "soft"): dataclasses.replace(one, network="control_soft", label="soft")
+             for name, one in manifest.components.items() if one.label == "edge-net"}
     write_manifest(path, dataclasses.replace(manifest, components={**manifest.components, **again}))
     return path
 
