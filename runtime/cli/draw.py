@@ -9,8 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from engines import Bundle
-from engines.store import store
+from engines import Bundle, store
 from runtime.cli.files import targets_of, write
 from runtime.cli.report import report
 from runtime.cli.requests import requests_of, settings_of

@@ -67,7 +67,8 @@ class Loras:
         before = self._applied.get(engine, _Applied((), frozenset()))
         if before.stack == stack:
             return engine
-        model = self._bundle.component(component).network
+        about = self._bundle.component(component)
+        model, of_text = about.network, about.role == "text_encoder"
         wanted = frozenset(name for _, file in stack for name in file.pairs.get(model, ()))
         names: frozenset[str] = frozenset()
         if before.changed or wanted:
@@ -75,7 +76,7 @@ class Loras:
             names = (before.changed | wanted) & base.keys()
         if names:
             self._applied[engine] = _Applied(None, names)
-            active = [(lora.scale_of(model), file.pairs.get(model, {})) for lora, file in stack]
+            active = [(lora.scale_for(of_text), file.pairs.get(model, {})) for lora, file in stack]
             weights = {name: _with(base[name], [(scale, pairs[name]) for scale, pairs in active if name in pairs])
                        for name in sorted(names)}
             try:

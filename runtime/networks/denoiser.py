@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from engines import store
 from engines.bundle import Component
 from runtime.devices.bound import BoundEngine
 from runtime.lora.application import Stack
@@ -16,15 +15,15 @@ Inputs = dict[str, np.ndarray]
 class Denoiser:
     """What of a step's inputs can be computed before it, and the engine of the step.
 
-    network: the bundle's denoiser unless another is named, a ControlNet. stack: the LoRAs on its weights. It runs in the
-    parts of `export.passes.hoist` where the bundle has them and the backend wants them, or else whole; its text and time
-    are then what the model was given.
+    network: that of a ControlNet, or "" for the bundle's denoiser. stack: the LoRAs on its weights. It runs in the
+    parts of `export.passes.hoist` where the bundle has them and the backend wants them, or else whole; its text and
+    time are then what the model was given.
     """
 
     def __init__(self, shelf: Shelf, network: str = "", stack: Stack = ()) -> None:
         self._shelf, self._stack = shelf, stack
         self._network = network or shelf.bundle.denoiser
-        self._parts = store.in_parts(shelf.bundle, shelf.config.backend, self._network)
+        self._parts = shelf.in_parts(self._network)
         self._inputs = [spec.name for spec in self._graph("body" if self._parts else "")[1].inputs]
 
     def load(self, size: tuple[int, int], rows: int) -> BoundEngine:
@@ -41,7 +40,7 @@ class Denoiser:
         frames of a video, of a denoiser that has them.
         """
         name, _ = self._graph("body" if self._parts else "", variant)
-        return self._engine(name, rows, size, tokens)
+        return self._shelf.engine(name, rows, size, tokens, self._stack)
 
     def hint(self, picture: np.ndarray) -> Inputs:
         """Return what a ControlNet makes of its hint, [1, …]; picture: float32 [3, height, width] in [0, 1]."""
@@ -57,7 +56,8 @@ class Denoiser:
         given: what the model takes of text and of numbers such as sizes, [2, …] each.
         """
         if self._parts:
-            engine = self._part("text", tokens=given["encoder_hidden_states"].shape[1])
+            text = self._shelf.bundle.manifest.condition("text")
+            engine = self._part("text", tokens=given[text.input].shape[1] if text else 0)
             found = engine(**{name: given[name] for name in engine.engine.inputs})
             given = given | {name: value.copy() for name, value in found.items()}
         return self._wanted(given)
@@ -78,13 +78,11 @@ class Denoiser:
     def _graph(self, part: str, variant: str = "") -> tuple[str, Component]:
         return self._shelf.bundle.graph(self._network, part, variant)
 
-    def _part(self, part: str, size: tuple[int, int] = (0, 0), *, tokens: int = 0) -> BoundEngine:
+    def _part(self, part: str, size: tuple[int, int] = (0, 0), tokens: int = 0) -> BoundEngine:
         """Return the engine of a part, with the rows that it has."""
         name, component = self._graph(part)
-        return self._engine(name, component.row_counts(1)[0], size, tokens)
-
-    def _engine(self, component: str, rows: int, size: tuple[int, int] = (0, 0), tokens: int = 0) -> BoundEngine:
-        return self._shelf.engine(component, rows, size, tokens, self._stack)
+        assert isinstance(component.rows, int)
+        return self._shelf.engine(name, component.rows, size, tokens, self._stack)
 
     def _wanted(self, given: Inputs) -> Inputs:
         return {name: value for name, value in given.items() if name in self._inputs}

@@ -30,11 +30,11 @@ class FirstStage:
 
     def load_decoder(self, size: tuple[int, int]) -> BoundEngine:
         """Load and return the decoder for pictures of `size`, (height, width) in pixels."""
-        return self._shelf.engine(self._shelf.bundle.network("first_stage_decoder"), 1, self._at_once(*size))
+        return self._engine("first_stage_decoder", size)
 
     def load_encoder(self, size: tuple[int, int]) -> BoundEngine:
         """Load and return the encoder for pictures of `size`, (height, width) in pixels."""
-        return self._shelf.engine(self._shelf.bundle.network("first_stage_encoder"), 1, self._at_once(*size))
+        return self._engine("first_stage_encoder", size)
 
     def encode(self, image: np.ndarray) -> Encoded:
         """Return the latents of a picture, float32 [3, height, width] in [-1, 1]."""
@@ -68,6 +68,10 @@ class FirstStage:
         if size not in self._pictures:
             self._pictures[size] = PictureDecoder(self.load_decoder(size))
         return Image.fromarray(self._pictures[size](latents[None])[0])
+
+    def _engine(self, role: str, size: tuple[int, int]) -> BoundEngine:
+        name, _ = self._shelf.bundle.graph(self._shelf.bundle.network(role))
+        return self._shelf.engine(name, 1, self._at_once(*size))
 
     def _pixels(self, latents: np.ndarray) -> tuple[int, int]:
         return latents.shape[1] * self._factor, latents.shape[2] * self._factor

@@ -29,6 +29,10 @@ class Shelf:
         self._gpus: dict[int, Cuda] = {}
         self._engines: dict[tuple[str, int, tuple[int, int], int], BoundEngine] = {}
 
+    def in_parts(self, network: str) -> bool:
+        """Return whether a network runs in the parts of `export.passes.hoist`."""
+        return store.in_parts(self.bundle, self.config.backend, network)
+
     def engine(self, component: str, rows: int, size: tuple[int, int] = (0, 0), tokens: int = 0,
                stack: Stack = ()) -> BoundEngine:
         """Return the engine of a component with the weights of `stack`, loaded (and built, where need be) at its first

@@ -52,9 +52,9 @@ class Lora:
             raise ValueError(f"lora: got unknown options {sorted(unknown)}, expected {', '.join(options_of(cls))}")
         return cls(**data)
 
-    def scale_of(self, model: str) -> float:
-        """Return the scale for "unet" or the name of a text encoder."""
-        return self.scale if model == "unet" or self.text_scale is None else self.text_scale
+    def scale_for(self, of_text: bool) -> float:
+        """Return the scale for the denoiser, or for text encoders."""
+        return self.text_scale if of_text and self.text_scale is not None else self.scale
 
 
 def _loras(name: str, value: Any) -> tuple[Lora, ...]:

@@ -24,6 +24,9 @@ from runtime.request.sampler import table_of
 from runtime.request.task import takes_mask, task_of, value_without
 from runtime.schedulers import Table
 
+STRENGTH = 0.8
+"""Share of the steps that is run on a picture, unless request or model say another."""
+
 T = TypeVar("T")
 
 
@@ -125,7 +128,7 @@ def _filled(request: Request, task: str, manifest: Manifest, size: tuple[int, in
         options["noise_level"] = level
     elif task in PARTLY and request.strength is None:  # the defaults of diffusers' pipelines
         anew = task == "inpaint" and (takes_mask(manifest) or request.blend == "next")
-        options["strength"] = 1.0 if anew else manifest.defaults.get("strength", 0.8)
+        options["strength"] = 1.0 if anew else manifest.defaults.get("strength", STRENGTH)
     return dataclasses.replace(request, **options)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines import TensorSpec
 from engines.bundle import Manifest
 from runtime.networks.denoiser import Denoiser
 from runtime.networks.first_stage import Encoded
@@ -23,3 +24,8 @@ class Model:
     denoiser: Denoiser
     encode: Callable[[np.ndarray], Encoded]
     net: Callable[[str], Denoiser]
+
+    def input(self, name: str) -> TensorSpec:
+        """Return the specification of an input of the denoiser."""
+        return next(spec for component in self.manifest.components.values() if component.role == "denoiser"
+                    for spec in component.inputs if spec.name == name)

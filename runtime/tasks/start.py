@@ -6,13 +6,12 @@ the start, of the masked picture's latents. A task draws from one generator an i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from engines.bundle import Manifest
 from kernels.host.step import initial_state
 from runtime.loop.job import Job
 from runtime.loop.noise import Generator
@@ -21,6 +20,7 @@ from runtime.networks.first_stage import Encoded
 from runtime.pictures import read as pictures
 from runtime.pictures.hints import PREPROCESSORS
 from runtime.request.control import Conditions, Control
+from runtime.request.option import options_of
 from runtime.request.plan import Plan
 from runtime.request.request import Request
 from runtime.request.task import value_without
@@ -35,9 +35,10 @@ class Shared:
     """
 
     def __init__(self, plan: Plan, model: Model, text: Inputs) -> None:
-        told = {**text, **numbers(plan.request, model.manifest)}
+        told = {**text, **numbers(plan, model)}
         times = plan.table.timesteps
         self._plan = plan
+        self._joined = {condition.meaning: condition.input for condition in model.manifest.joined}
         self._fixed, self._time = model.denoiser.fixed(told), model.denoiser.time(times)
         self._nets = {control.name: model.net(control.name) for control in plan.request.control}
         self._control = {
@@ -49,10 +50,11 @@ class Shared:
             table: Table | None = None, **more: Any) -> Job:
         """Return the job of image number `image`, which begins with `state`.
 
-        channels: what is joined to the sample, by input, the same with and without the negative prompt. table: another
-        than the plan's. more: other fields of the job.
+        channels: what is joined to the sample, by its meaning, the same with and without the negative prompt. table:
+        another than the plan's. more: other fields of the job.
         """
-        rows = {name: np.broadcast_to(value, (2, *value.shape)) for name, value in (channels or {}).items()}
+        rows = {self._joined[meaning]: np.broadcast_to(value, (2, *value.shape))
+                for meaning, value in (channels or {}).items()}
         return Job(self._plan.request, 0, image, {**self._fixed, **rows}, self._time, table or self._plan.table, noise,
                    state, control=self._controlled(image), **more)
 
@@ -111,25 +113,28 @@ def noised(plan: Plan, x0: np.ndarray, first: np.ndarray) -> np.ndarray:
     return state
 
 
-def numbers(request: Request, manifest: Manifest) -> Inputs:
+def numbers(plan: Plan, model: Model) -> Inputs:
     """Return the labels and sizes that the networks take all through a request, by input, [2, …] each."""
     inputs: Inputs = {}
-    if (level := manifest.condition("noise_level")) and request.noise_level is not None:
-        inputs[level.input] = np.full(2, request.noise_level, np.int64)
-    if sizes := manifest.condition("sizes"):
-        size = request.height, request.width
-        told = {"original_size": request.original_size or size, "crop": request.crop or value_without("crop"),
-                "target_size": request.target_size or size}
-        scores = [(_score(request, name),) for name in ("negative_aesthetic_score", "aesthetic_score")]
-        rows = [[number for field in sizes.fields for number in {**told, "aesthetic_score": score}[field]]
-                for score in scores]
-        inputs[sizes.input] = np.array(rows, np.float32)
+    for condition in model.manifest.conditions:
+        if condition.source == "numbers":
+            spec = model.input(condition.input)
+            rows = [[number for field in condition.fields for number in _numbers(plan, prefix + field)]
+                    for prefix in ("negative_", "")]
+            inputs[spec.name] = np.array(rows, spec.dtype).reshape(2, *spec.shape[1:])
     return inputs
 
 
-def _score(request: Request, name: str) -> float:
-    value = vars(request)[name]
-    return value_without(name) if value is None else value
+def _numbers(plan: Plan, name: str) -> Sequence[float]:
+    """Return the numbers of an option, or those of the prompt where the negative prompt has none of its own."""
+    if name not in options_of(Request):
+        return _numbers(plan, name.removeprefix("negative_"))
+    value = vars(plan.request)[name]
+    if value is None:
+        value = value_without(name)
+    if value is None:
+        value = plan.size
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _hint(control: Control, net: Denoiser, picture: Image.Image, size: tuple[int, int]) -> Inputs:

@@ -28,17 +28,12 @@ class Text:
     """The text that the denoiser is given for one request, negative prompt first.
 
     states: float32 [2, tokens, width], those of several encoders joined along their width. pooled: float32 [2, width],
-    None where the denoiser takes none.
+    None where the denoiser takes none. inputs: both by input of the denoiser.
     """
 
     states: np.ndarray
     pooled: np.ndarray | None
-
-    @property
-    def inputs(self) -> Inputs:
-        """Return both by input of the denoiser."""
-        pooled = {} if self.pooled is None else {"text_embeds": self.pooled}
-        return {"encoder_hidden_states": self.states, **pooled}
+    inputs: Inputs
 
     @property
     def tokens(self) -> int:
@@ -68,6 +63,7 @@ class TextEncoders:
         self._specs = bundle.manifest.text
         self._tokenizers = [PromptTokenizer(bundle.path, spec) for spec in self._specs]
         self._widths = {spec.component: _width(bundle.component(spec.component)) for spec in self._specs}
+        self._conditions = [c for c in bundle.manifest.conditions if c.source == "text_encoder"]
         self._zero_negative = bundle.manifest.guidance.negative == "zeros"
 
     def load(self) -> None:
@@ -85,12 +81,16 @@ class TextEncoders:
         encoded = [self._encode(i, [of_request[i] for of_request in prompts], stack) for i in range(len(self._specs))]
         texts = []
         for request, parts in zip(requests, zip(*encoded, strict=True), strict=True):
-            states, pooled = zip(*parts, strict=True)
-            text = Text(np.concatenate(states, axis=-1), next((p for p in pooled if p is not None), None))
+            of_encoders = zip(*parts, strict=True)
+            states = np.concatenate(next(of_encoders), axis=-1)
+            pooled = next((values for values in next(of_encoders) if values is not None), None)
+            told = {"text": states} if pooled is None else {"text": states, "pooled_text": pooled}
             if self._zero_negative and request.negative_prompt is None:
-                for values in text.inputs.values():
+                for values in told.values():
                     values[0] = 0
-            texts.append(text)
+            inputs = {condition.input: told[condition.meaning] for condition in self._conditions
+                      if condition.meaning in told}
+            texts.append(Text(states, pooled, inputs))
         return texts
 
     def _tokenize(self, request: Request) -> list[_Prompts]:

@@ -14,8 +14,7 @@ from diffusers import ControlNetModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from PIL import Image
 
-from engines import Bundle
-from engines.store import store
+from engines import Bundle, store
 from runtime import Control, Pipeline, Request, Step
 from runtime.__main__ import main
 from runtime.pictures import video
