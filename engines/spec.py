@@ -15,6 +15,12 @@ import numpy as np
 DTYPES = ("fp32", "fp16", "bf16")
 """Precisions that graphs have and engines compute in."""
 
+KINDS = ("attention", "norm", "layer_norm", "geglu")
+"""Kinds of sites in a graph where a kernel can be chosen; "norm" is group normalisation."""
+
+WHOSE = ("ours", "vendor", "auto")
+"""Whose kernel a site gets: this project's, the library's of the backend, or the faster of both."""
+
 T = TypeVar("T")
 
 
@@ -100,7 +106,7 @@ def parse(cls: type[T], data: Any, where: str, do: str) -> T:
                 if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     if missing := required - set(data):
         raise EngineError(f"{where}: missing keys {sorted(missing)}; {do}")
-    kinds = _kinds(cls)
+    kinds = _kinds(cls)  # type: ignore[arg-type]  # a class is as hashable as any
     return cls(**{name: _value(kinds[name], value, f"{where}: {name}", do) for name, value in data.items()})
 
 

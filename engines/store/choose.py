@@ -10,12 +10,12 @@ from typing import NamedTuple
 from engines.backend import BACKENDS
 from engines.backend import backend as opened
 from engines.bundle import Bundle
-from engines.check import verify
-from engines.cli.tables import duration
+from engines.check import compare
 from engines.machine.gpu import gpus
 from engines.spec import DTYPES, EngineConfig, EngineError
 from engines.store.places import engine_directories
 from engines.store.record import Record, stale
+from engines.store.words import duration
 
 PREFERENCE = {"cuda": ("tensorrt", "tensorrt-rtx", "inductor"), "cpu": ("openvino", "onnxruntime", "inductor")}
 """Kind of device, a GPU before the CPU → backends, the one to be preferred first: it is usually the fastest there."""
@@ -148,7 +148,7 @@ def _measured(bundle: Bundle, size: tuple[int, int] | None, batch: int, threads:
     """
     size = size or bundle.manifest.default_size
     steps = {name: c for name, c in bundle.graphs(bundle.denoiser).items() if c.part in ("", "body") and not c.variant}
-    here, times = verify.machines(), {}
+    here, times = compare.machines(), {}
     for path in engine_directories(bundle):
         record = _record(path) if path.name.startswith(tuple(f"{name}-" for name in steps)) else None
         if record is None or record.timing is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from engines.backend import BACKENDS, backend
 from engines.bundle import Bundle, Check
-from engines.check.verify import Timing
+from engines.check.compare import Timing
 from engines.spec import EngineConfig, EngineError, parse
 from engines.store import sources
 
