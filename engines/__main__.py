@@ -14,22 +14,24 @@ from engines.spec import EngineError
 COMMANDS = {"list": list, "build": build, "inspect": inspect, "verify": verify}
 """Name of a command → the file that declares its options and runs it."""
 
-EXAMPLES = """examples:
-  {prog} list                                        backends of this machine
-  {prog} list sd15.bundle                            and the engines of a bundle
-  {prog} build sd15.bundle                           those that auto picks here
-  {prog} build sd15.bundle --backend openvino --dtype bf16 --attention ours
-  {prog} build sd15.bundle --backend onnxruntime --size 512x512 768x512 --batch 1 4
-  {prog} build sd15.bundle --backend tensorrt-rtx --device sm_89 --dtype auto
-  {prog} inspect sd15.bundle                         components, shapes, provenance, engines
-  {prog} inspect sd15.bundle --engine unet-openvino --profile
-                                                                kernels and what is slow in these engines
-  {prog} verify sd15.bundle                          hash every file, compare every engine again
-"""
+EXAMPLES = (
+    ("list", "backends of this machine"),
+    ("list sd15.bundle", "and the engines of a bundle"),
+    ("build sd15.bundle", "those that auto picks here"),
+    ("build sd15.bundle --backend openvino --dtype bf16 --attention ours", ""),
+    ("build sd15.bundle --backend onnxruntime --size 512x512 768x512 --batch 1 4", ""),
+    ("build sd15.bundle --backend tensorrt-rtx --device sm_89 --dtype auto", ""),
+    ("inspect sd15.bundle", "components, shapes, provenance, engines"),
+    ("inspect sd15.bundle --engine unet-openvino --profile", "kernels and what is slow in these engines"),
+    ("verify sd15.bundle", "hash every file, compare every engine again"))
+"""Words after the program's name, and what they show."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m engines") -> int:
-    """Run one command; returns the exit status: 0, 1 where `verify` found something, 2 for an error, 130 for Ctrl-C."""
+    """Run one command and return its exit status.
+
+    0: well; 1: `verify` found something; 2: an error, in one line on stderr; 130: Ctrl-C.
+    """
     options = parser(prog).parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m engines"
 
 def parser(prog: str = "python -m engines") -> argparse.ArgumentParser:
     """Return the command line: one subcommand a file of COMMANDS."""
-    whole = argparse.ArgumentParser(prog=prog, description=__doc__, epilog=EXAMPLES.format(prog=prog),
+    width = max(len(words) for words, text in EXAMPLES if text)
+    examples = "\n".join(f"  {prog} {words:{width}}  {text}".rstrip() for words, text in EXAMPLES)
+    whole = argparse.ArgumentParser(prog=prog, description=__doc__, epilog=f"examples:\n{examples}",
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="print JSON instead of a table")

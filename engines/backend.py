@@ -44,17 +44,17 @@ class Target:
 
     @property
     def onnx(self) -> Path:
-        """The component's ONNX file."""
+        """The path of the component's ONNX file."""
         return self.directory / self.component.file
 
     @property
     def inputs(self) -> dict[str, TensorSpec]:
-        """Name → spec of each input at the config's static shapes."""
+        """The inputs at the config's static shapes: name → spec."""
         return {spec.name: spec.resolve(self.config.dims) for spec in self.component.inputs}
 
     @property
     def outputs(self) -> dict[str, TensorSpec]:
-        """Name → spec of each output at the config's static shapes."""
+        """The outputs at the config's static shapes: name → spec."""
         return {spec.name: spec.resolve(self.config.dims) for spec in self.component.outputs}
 
 
@@ -93,7 +93,7 @@ class Engine(Protocol):
         ...
 
     def enqueue(self, stream: Any = None) -> None:
-        """Run on the bound buffers; may be called many times. On a CPU it returns when the outputs are written."""
+        """Run on the bound buffers, any number of times. On a CPU it returns when the outputs are written."""
         ...
 
     def refit(self, weights: Mapping[str, Weight]) -> None:
@@ -120,7 +120,7 @@ class Backend(Protocol):
     in_parts: bool = True
 
     def available(self) -> str | None:
-        """Return None where it can be used, else what to do."""
+        """Return None where the library can be used, else what to do."""
         ...
 
     def devices(self) -> list[str]:

@@ -60,10 +60,11 @@ class TensorSpec:
 class EngineConfig:
     """Everything that an engine is built for; passed whole, hashed whole into the cache key.
 
-    backend: a name of `engines.BACKENDS`. dims: the size of every dimension that the component's specs name, "batch"
-    among them; `Bundle.config` fills it in. dtype: the precision that the engine computes in (its inputs and outputs
-    are float32 whatever this says). device: "cpu", "cpu:avx2", "cuda:0", "sm_90" … as the backend understands it.
-    threads: 0 leaves their number to the backend. options: settings of the backend, JSON values only.
+    backend: a name of `engines.BACKENDS`. dims: the size of every dimension that the component's specs name ("height"
+    and "width" in pixels, "latent_height", "sequence" …), "batch" among them; `Bundle.config` fills it in.
+    dtype: the precision that the engine computes in (its inputs and outputs are float32 whatever this says). device:
+    "cpu", "cpu:avx2", "cuda:0", "sm_90" … as the backend understands it. threads: 0 leaves their number to the backend.
+    options: settings of the backend, JSON values only.
     """
 
     backend: str
@@ -83,11 +84,12 @@ class EngineConfig:
                 raise EngineError(f"engine config {name}: got {value!r}, expected a whole number of at least {least}")
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields by name."""
         return {**dataclasses.asdict(self), "dims": dict(self.dims), "options": dict(self.options)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of to_json. Unknown keys raise EngineError."""
+        """Return the config that `to_json` wrote. Unknown keys raise EngineError."""
         return parse(cls, data, "engine config", "rebuild the engine with this version")
 
 

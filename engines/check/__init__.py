@@ -1,1 +1,1 @@
-"""Is an engine right? `compare` runs it beside the reference, `refit` shows that new weights reach it."""
+"""Checks of engines: `compare` runs one beside the reference, `refit` shows that new weights reach it."""

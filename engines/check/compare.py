@@ -33,7 +33,7 @@ LEAST_CALLS, MOST_CALLS, ENOUGH_SECONDS = 3, 10, 0.2
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an array is from its reference. All but the counts are of the values that are finite in both.
+    """The distance of an array from its reference. All but the counts are of the values that are finite in both.
 
     max_abs, mean_abs: largest and mean absolute difference. rel_rms: RMS of the difference over RMS of the reference.
     psnr: dB, 20·log10(peak / RMS of the difference), infinite for equal arrays. cosine: of the angle between the two as
@@ -62,7 +62,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Timing:
-    """What a call of an engine takes: median seconds of `runs` calls after a first, and the device they ran on."""
+    """The time of one call of an engine: median seconds of `runs` calls after a first, and the machine they ran on."""
 
     seconds: float
     runs: int
@@ -71,9 +71,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measured:
-    """An engine run on seeded inputs. outputs: name → difference from the reference; empty for the reference itself.
+    """Figures of an engine that was run on seeded inputs.
 
-    precision: what it computes in, a key of TOLERANCE.
+    outputs: name → difference from the reference; empty for the reference itself. precision: what it computes in, a key
+    of TOLERANCE.
     """
 
     outputs: Mapping[str, Difference]

@@ -115,8 +115,7 @@ def biases(onnx: Path) -> set[str]:
 
 
 def _products(onnx: Path) -> list[tuple[Any, int, Any]]:
-    """Return (weight, how many products are summed, bias or None) for every Conv, Gemm and MatMul with a stored weight.
-    """
+    """Return (weight, number of products summed, bias or None) of every Conv, Gemm and MatMul with a stored weight."""
     try:
         import onnx_ir as ir
     except ImportError as e:
@@ -144,8 +143,7 @@ def _products(onnx: Path) -> list[tuple[Any, int, Any]]:
 
 
 def _stored(value: Any) -> tuple[Any, bool]:
-    """Return the floating-point initializer that `value` is, None where it is computed; and whether it is transposed.
-    """
+    """Return (the floating-point initializer that `value` is or None, whether it is transposed)."""
     turned = False
     while value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Transpose"):
         turned ^= node.op_type == "Transpose"

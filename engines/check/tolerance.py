@@ -1,4 +1,4 @@
-"""How far an engine may be from the reference."""
+"""The distance from the reference that an engine may have."""
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "fp8": 1e-1}
 """Precision that an engine computes in → largest RMS of the difference over RMS of the reference.

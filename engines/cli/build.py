@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Build what was asked for; returns the exit status."""
+    """Build what was asked for and return the exit status."""
     bundle = Bundle.open(options.bundle)
     name, dtype, device = options.backend, options.dtype, options.device
     if name == "auto":

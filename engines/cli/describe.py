@@ -1,4 +1,4 @@
-"""Engines of a bundle as every command shows them: one line each, of what their records say."""
+"""The engines of a bundle as every command shows them: one line each, of what their records say."""
 
 from __future__ import annotations
 

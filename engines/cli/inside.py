@@ -1,4 +1,4 @@
-"""An engine looked into: what its backend recorded, what opening and running it shows, its layers and kernels."""
+"""The inside of an engine: what its backend recorded, what opening and running it shows, its layers and kernels."""
 
 from __future__ import annotations
 

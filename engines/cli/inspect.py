@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what was asked for; returns the exit status."""
+    """Print what was asked for and return the exit status."""
     bundle = Bundle.open(options.bundle)
     paths = named(bundle, options.engine)
     if options.engine or options.layers or options.profile:

@@ -1,4 +1,4 @@
-"""Whose kernels an engine computes with, on the command lines: `--attention`, `--norm`, `--layer-norm`, `--geglu`."""
+"""The options of the command lines for whose kernels an engine computes with: `--attention`, `--norm` …"""
 
 from __future__ import annotations
 

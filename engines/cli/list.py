@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what there is; returns the exit status."""
+    """Print what there is and return the exit status."""
     bundle = Bundle.open(options.bundle) if options.bundle else None
     backends = [_backend(name) for name in BACKENDS]
     engines = [describe(bundle, path) for path in store.engine_directories(bundle)] if bundle else []

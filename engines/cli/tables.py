@@ -1,4 +1,4 @@
-"""Tables and sizes as the command line prints them."""
+"""Tables and sizes of files as the command line prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m engines verify`: are the files of a bundle whole, and is every engine still right?"""
+"""`python -m engines verify`: the hash of every file of a bundle, and every engine compared again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check files and engines; returns the exit status, 1 where something is wrong."""
+    """Check files and engines and return the exit status, 1 where something is wrong."""
     bundle = Bundle.open(options.bundle)
     paths = [path for path in named(bundle, options.engine) if options.backend in (None, store.backend_of(path))]
     checks = [_files(bundle), *(_engine(bundle, path) for path in paths)]

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the portable default and, in float32 on a CPU, the numerical reference of every other backend.
+"""ONNX Runtime, the portable default and, in float32 on a CPU, the numerical reference of every other backend.
 
 Sessions are made from the bundle's own ONNX file. An optimised copy of a 3.4 GB UNet opens in 3 s instead of 7 to 13 s
 on two cores, but costs another 3.4 GB for every shape, so none is kept (`docs/engines.md` has the figures).

@@ -1,4 +1,4 @@
-"""ONNX Runtime's package, and which of its providers a config means."""
+"""The package of ONNX Runtime, and which of its providers a config means."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from engines.spec import EngineConfig, EngineError
 
 PIP = "pip install onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+"""Value of the option `provider` → ONNX Runtime's name of it."""
 
 
 def vendor() -> Any:

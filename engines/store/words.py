@@ -1,4 +1,4 @@
-"""Engines in words: their shapes, what a call takes, and the command that makes one again."""
+"""Words for engines: their shapes, what a call takes, and the command that makes one again."""
 
 from __future__ import annotations
 
