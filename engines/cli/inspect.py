@@ -63,7 +63,7 @@ def bundle_text(bundle: Bundle) -> str:
              *(f"condition: {_told(condition)}" for condition in manifest.conditions),
              *(f"text: {text.component} gives {text.hidden_layer}, {text.max_length} tokens by {text.tokenizer}"
                for text in manifest.text),
-             *(f"{bundle.component(bundle.graph(bundle.label(label))[0]).role}: {label}" for label in bundle.labels)]
+             *(f"{bundle.graph(bundle.label(label))[1].role}: {label}" for label in bundle.labels)]
     components = table(
         ["component", "role", "rows", "dtype", "inputs → outputs", "sites", "size", "error against its reference"],
         [[name, c.role, c.rows, c.dtype, f"{_shapes(c.inputs)} → {_shapes(c.outputs)}",
