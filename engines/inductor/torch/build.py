@@ -18,7 +18,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.cpp_extension import CUDA_HOME
 
 from engines.backend import Target
-from engines.check.verify import TOLERANCE
+from engines.check.tolerance import TOLERANCE
 from engines.inductor import device, passes
 from engines.inductor.options import Options
 from engines.inductor.record import CONSTANTS, PACKAGE, Record

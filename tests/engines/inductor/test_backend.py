@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from engines.bundle import Bundle
-from engines.check import verify
+from engines.check import compare
 from engines.inductor.backend import INDUCTOR
 from engines.inductor.options import ON_CPU
 from engines.inductor.record import CONSTANTS, PACKAGE, RECORD
 from engines.spec import EngineConfig, EngineError
 from engines.store import store
 from kernels.cpu import library
+from tests.engines.cases import bound, rel_rms, unet, weights
 from tests.engines.inductor.graphs import config
-from tests.engines.store.test_store import bound, rel_rms, unet, weights
 from tests.tolerances import ENGINE_REL_RMS, IMAGE_MAX
 from tests.tools.small import small_bundle
 
@@ -152,33 +152,33 @@ def test_a_part_of_a_fused_weight_is_refitted(text):
     own = config(text, "text_encoder")
     engine = store.load(text, "text_encoder", own)
     reference = store.load(text, "text_encoder", dataclasses.replace(own, backend="onnxruntime"))
-    feed = verify.inputs(engine.inputs.values(), 5)
-    before = verify.run(engine, feed)["hidden_states"]
-    assert rel_rms(before, verify.run(reference, feed)["hidden_states"]) < ENGINE_REL_RMS["fp32"]
+    feed = compare.inputs(engine.inputs.values(), 5)
+    before = compare.run(engine, feed)["hidden_states"]
+    assert rel_rms(before, compare.run(reference, feed)["hidden_states"]) < ENGINE_REL_RMS["fp32"]
     rng = np.random.default_rng(0)
     layer = "encoder.layers.1.self_attn"
     changed = {f"{layer}.k_proj.weight": rng.standard_normal((32, 32)).astype(np.float32),
                f"{layer}.v_proj.bias": rng.standard_normal(32).astype(np.float32)}
     for each in (engine, reference):
         each.refit(changed)
-    expected = verify.run(reference, feed)["hidden_states"]
+    expected = compare.run(reference, feed)["hidden_states"]
     assert rel_rms(before, expected) > 1e-2
-    assert rel_rms(verify.run(engine, feed)["hidden_states"], expected) < ENGINE_REL_RMS["fp32"]
+    assert rel_rms(compare.run(engine, feed)["hidden_states"], expected) < ENGINE_REL_RMS["fp32"]
 
 
 def test_a_fresh_process_opens_it_without_a_compiler(small):
     """And says what is missing where it is asked to build."""
     engine = store.load(small, "unet", config(small))
-    expected = verify.run(engine, verify.inputs(engine.inputs.values(), 6))["noise_pred"]
+    expected = compare.run(engine, compare.inputs(engine.inputs.values(), 6))["noise_pred"]
     code = textwrap.dedent(f"""
         import sys
         import engines
-        from engines.check import verify
+        from engines.check import compare
         from engines.store import store
         bundle = engines.Bundle.open({str(small.path)!r})
         own = bundle.config("unet", backend="inductor", size=(64, 64), batch=2)
         engine = store.load(bundle, "unet", own)
-        out = verify.run(engine, verify.inputs(engine.inputs.values(), 6))["noise_pred"]
+        out = compare.run(engine, compare.inputs(engine.inputs.values(), 6))["noise_pred"]
         sys.stdout.buffer.write(out.tobytes())
         heavy = {{"onnx", "onnx_ir", "onnxscript", "diffusers", "transformers", "triton"}} & set(sys.modules)
         assert not heavy - {{"triton"}}, heavy
@@ -238,7 +238,7 @@ def test_a_pipeline_draws_the_reference_picture(bundles, tmp_path):
     for backend in ("onnxruntime", "inductor"):
         engine = store.load(bundle, "unet_body", dataclasses.replace(own, backend=backend))
         engine.refit(changed)
-        outputs.append(verify.run(engine, verify.inputs(engine.inputs.values(), 1))["noise_pred"])
+        outputs.append(compare.run(engine, compare.inputs(engine.inputs.values(), 1))["noise_pred"])
     assert rel_rms(outputs[1], outputs[0]) < ENGINE_REL_RMS["fp32"]
     assert set(store.engine_directories(bundle)) == built
 

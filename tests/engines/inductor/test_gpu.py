@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from engines.check import verify
+from engines.check import compare
+from engines.check.tolerance import TOLERANCE
 from engines.store import store
+from tests.engines.cases import rel_rms, unet, weights
 from tests.engines.inductor.graphs import config
-from tests.engines.store.test_store import rel_rms, unet, weights
 from tests.tolerances import ENGINE_REL_RMS
 from tests.tools.small import small_bundle
 
@@ -19,7 +20,7 @@ def test_equals_the_reference_on_a_gpu(tmp_path, dtype):
     bundle = small_bundle(tmp_path / "small")
     own = config(bundle, device="cuda:0", dtype=dtype, options={"max_autotune": "false"})
     check = store.Record.read(store.build(bundle, "unet", own), "").check
-    assert check is not None and 0 < check.rel_rms < verify.TOLERANCE[dtype]
+    assert check is not None and 0 < check.rel_rms < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
@@ -34,7 +35,7 @@ def test_a_captured_run_sees_new_inputs_and_new_weights(tmp_path):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         engine.enqueue(torch.cuda.current_stream().cuda_stream)
-    feed = verify.inputs(engine.inputs.values(), 3)
+    feed = compare.inputs(engine.inputs.values(), 3)
     other = torch.full((2**22,), float("nan"), device="cuda:0")  # what else is allocated is not the graph's memory
     for name, value in feed.items():
         buffers[name].copy_(torch.from_numpy(value))

@@ -14,11 +14,11 @@ from onnx import helper as h
 
 from engines.backend import Target
 from engines.bundle import Bundle
-from engines.check import verify
+from engines.check import compare
 from engines.inductor.options import KINDS
 from engines.spec import EngineError
+from tests.engines.cases import rel_rms
 from tests.engines.inductor.graphs import config, proto
-from tests.engines.store.test_store import rel_rms
 from tests.tolerances import ENGINE_REL_RMS
 
 torch = pytest.importorskip("torch")
@@ -38,8 +38,8 @@ def test_every_graph_in_torch_equals_the_reference(bundles, model, component, dt
     """With our operators too, which on a CPU are their references: they are given what the sites mean."""
     bundle = Bundle.open(bundles[model])
     target = Target.of(bundle, component, config(bundle, component))
-    feed = verify.inputs(target.inputs.values(), 4)
-    expected = verify.run_reference(target, feed)
+    feed = compare.inputs(target.inputs.values(), 4)
+    expected = compare.run_reference(target, feed)
     module = torch_module(target.onnx, shapes_of(target), Settings(dtype, kernels))
     for name, value in run(module, feed).items():
         assert value.dtype == np.float32
@@ -58,9 +58,9 @@ def test_the_pooled_text_of_xl_is_that_of_its_end(bundles):
     """Which is picked by its id, with operators that no other graph has."""
     bundle = Bundle.open(bundles["sdxl"])
     target = Target.of(bundle, "text_encoder_2", config(bundle, "text_encoder_2"))
-    feed = verify.inputs(target.inputs.values(), 4)
+    feed = compare.inputs(target.inputs.values(), 4)
     feed["input_ids"][:, 9:], feed["placed"][:] = 527, -1
-    expected = verify.run_reference(target, feed)
+    expected = compare.run_reference(target, feed)
     for name, value in run(torch_module(target.onnx, shapes_of(target)), feed).items():
         assert rel_rms(value, expected[name]) < ENGINE_REL_RMS["fp32"]
 

@@ -18,8 +18,8 @@ from torch import nn
 
 import engines
 from engines import Bundle, EngineError, Target, store
+from engines.check import compare
 from engines.check import refit as verify_refit
-from engines.check import verify
 from engines.onnx.initializers import values
 from engines.onnx.low_rank import LowRank
 from runtime import Lora, Pipeline, Request
@@ -199,10 +199,10 @@ def test_openvino_cuts_new_weights_where_it_cuts_the_old(bundles, dtype):
             up, down = (rng.standard_normal(shape).astype(np.float32) for shape in ((len(base), 2), (2, base.shape[1])))
             weights[name] = LowRank(base, 0.5 * up, down)
     engine = store.load(bundle, "unet_body", config)
-    feed = verify.inputs(engine.inputs.values(), 5)
-    before = verify.run(engine, feed)["noise_pred"].copy()
-    figures = verify_refit.compare(engine, target, weights, 5)
-    change = verify.run(engine, feed)["noise_pred"] - before
+    feed = compare.inputs(engine.inputs.values(), 5)
+    before = compare.run(engine, feed)["noise_pred"].copy()
+    figures = verify_refit.against_reference(engine, target, weights, 5)
+    change = compare.run(engine, feed)["noise_pred"] - before
     assert np.sqrt((change**2).mean() / (before**2).mean()) > 10 * figures.rel_rms
 
 
