@@ -29,7 +29,7 @@ help: ## list the targets
 	@echo '                 in WORKERS processes, 2 unless said otherwise; make test WORKERS=0 ARGS="--pdb" for a debugger'
 	@echo 'make check       ruff, mypy and the tests that are not slow'
 	@echo 'make lint        ruff and mypy only'
-	@echo 'make cpp-asan test the C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make cpp-asan    test the C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make clean       remove what was built; make distclean removes .venv too'
 	@echo 'PYTHON=/path/to/python3 chooses the Python that .venv is made with (3.11 or later)'
 

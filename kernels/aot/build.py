@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """What a build did.
+    """The outcome of a build.
 
     artefacts: what is in its output now. unfit: those that need more shared memory than one block of their architecture
     has; a launcher does not choose them there, so they are left out. compiled, cached: where all of them came from.

@@ -1,4 +1,4 @@
-"""What a build compiles: every variant of every op for every GPU architecture, each with the key of its code.
+"""The plan of a build: every variant of every op for every GPU architecture, each with the key of its code.
 
 A kernel's code depends on its source (with all that it calls), its types, constants and options, the architecture, and
 the compilers' versions: their hash is its name in the cache. No line or file names go in.

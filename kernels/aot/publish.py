@@ -65,7 +65,7 @@ def _write_changed(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _lock(output: Path) -> Iterator[None]:
-    """One writer of `output` at a time; the others wait. The system gives it back when a writer is killed."""
+    """Let one writer of `output` work at a time; the others wait. The system gives it back when a writer is killed."""
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -35,7 +35,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Code:
-    """What it takes to launch one kernel: PTX, the symbol in it, programs, threads, and bytes of shared memory."""
+    """All that launches one kernel: PTX, the symbol in it, programs, threads, and bytes of shared memory."""
 
     entry: str
     ptx: bytes

@@ -1,4 +1,4 @@
-"""What the loop launches on a GPU, in numpy: the ops of `kernels.calls.OPS`, by the same names and arguments."""
+"""The numpy twins of what the loop launches on a GPU: the ops of `kernels.calls`, by the same names and arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kernels.host.step import guide, update
 
 def step_input(state: np.ndarray, table: np.ndarray, progress: np.ndarray, times: np.ndarray, columns: np.ndarray,
                sample: np.ndarray, arena: np.ndarray) -> None:
-    """`kernels.triton.step_input` in numpy; shapes and dtypes are those of its torch operator."""
+    """Do `kernels.triton.step_input` in numpy; shapes and dtypes are those of its torch operator."""
     images = len(state)
     first = len(sample) - images
     for b, (i, rows, _) in enumerate(progress):
@@ -26,7 +26,7 @@ def step_input(state: np.ndarray, table: np.ndarray, progress: np.ndarray, times
 
 
 def accumulate(x: np.ndarray, keep: np.ndarray, out: np.ndarray) -> None:
-    """`kernels.triton.accumulate` in numpy; shapes and dtypes are those of its torch operator."""
+    """Do `kernels.triton.accumulate` in numpy; shapes and dtypes are those of its torch operator."""
     if keep[0]:
         out += x
     else:
@@ -36,7 +36,7 @@ def accumulate(x: np.ndarray, keep: np.ndarray, out: np.ndarray) -> None:
 def guidance_step(noise_pred: np.ndarray, noise: np.ndarray, table: np.ndarray, controls: np.ndarray,
                   known: np.ndarray, state: np.ndarray, sample: np.ndarray, timestep: np.ndarray,
                   progress: np.ndarray) -> None:
-    """`kernels.triton.guidance_step` in numpy; shapes and dtypes are those of its torch operator.
+    """Do `kernels.triton.guidance_step` in numpy; shapes and dtypes are those of its torch operator.
 
     It leaves the next input (`sample`, `timestep`) to `step_input`, with which every step begins.
     """
@@ -62,7 +62,7 @@ def guidance_step(noise_pred: np.ndarray, noise: np.ndarray, table: np.ndarray, 
 
 
 def to_image(x: np.ndarray, out: np.ndarray) -> None:
-    """`kernels.triton.to_image` in numpy: float32 [images, 3, height, width] to uint8 [images, height, width, 3]."""
+    """Do `kernels.triton.to_image` in numpy: float32 [images, 3, height, width] to uint8 [images, height, width, 3]."""
     unit = np.nan_to_num((x * np.float32(0.5) + np.float32(0.5)).clip(0, 1), copy=False)
     out[...] = np.rint(unit.transpose(0, 2, 3, 1) * 255.0).astype(np.uint8)
 

@@ -8,7 +8,7 @@ from kernels.host.step_table import SamplerTable
 
 
 def guide(uncond: np.ndarray, cond: np.ndarray, guidance: float, rescale: float = 0.0) -> np.ndarray:
-    """Classifier-free guidance (arXiv 2207.12598): uncond + guidance * (cond - uncond), float32 [C, h, w].
+    """Return uncond + guidance * (cond - uncond), float32 [C, h, w]: classifier-free guidance (arXiv 2207.12598).
 
     rescale: share, 0 to 1, of that output brought to the standard deviation of `cond` over the whole image
     (arXiv 2305.08891 §3.4, unbiased deviations as diffusers takes them).

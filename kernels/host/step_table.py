@@ -24,7 +24,7 @@ MEMORIES = (1, 3, 7)
 
 
 class SamplerTable(Protocol):
-    """What the step reads of a sampler, one row an evaluation; `runtime.schedulers.Table`, which says more, is one."""
+    """A sampler as the step reads it, one row an evaluation; `runtime.schedulers.Table`, which says more, is one."""
 
     @property
     def timesteps(self) -> np.ndarray: ...
