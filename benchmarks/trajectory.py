@@ -24,8 +24,8 @@ import engines
 from benchmarks.harness import denoising, measure
 from benchmarks.harness.denoising import Trajectory
 from engines import Bundle, EngineError, store
-from engines.check import verify
-from engines.cli.inspect import read
+from engines.check import compare
+from engines.cli.describe import read
 from engines.cli.options import positive
 from runtime.schedulers import make_table
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="sampler, a name of `python -m runtime --help` (default %(default)s)")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="default %(default)s")
     parser.add_argument("--guidance", type=float, default=7.5, metavar="G", help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=verify.SEED, metavar="N",
+    parser.add_argument("--seed", type=int, default=compare.SEED, metavar="N",
                         help="of the latents and the text (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure with machine and versions")
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             "steps": args.steps, "guidance": args.guidance, "seed": args.seed,
             "trajectories": [t.to_json() for t in trajectories], "left_out": left_out})
     print(f"{args.steps} steps of {args.scheduler}, guidance {args.guidance:g}, from the same latents; "
-          f"reference: {verify.REFERENCE}")
+          f"reference: {compare.REFERENCE}")
     if trajectories:
         print(_text(trajectories))
     else:
@@ -82,7 +82,7 @@ def _engines(bundle: Bundle, backend: str | None, name: str) -> tuple[dict[Path,
             record = read(bundle, path)
             component = bundle.manifest.components.get(record.component)
             plain = component and component.network == bundle.denoiser and not component.variant
-            if not component or not plain or component.part not in ("", "body") or verify.is_reference(record.config):
+            if not component or not plain or component.part not in ("", "body") or compare.is_reference(record.config):
                 continue
             if why := store.stale(bundle, record):
                 left_out[path.name] = f"stale, not used: {why}"

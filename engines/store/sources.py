@@ -1,4 +1,4 @@
-"""The sources that shape what is built: every file of a folder or module, and every file of ours that they import."""
+"""Sources that shape what is built: the files of a folder or module, and every file of ours that they import."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PACKAGES = ("engines", "kernels")
 
 @functools.cache
 def hashes(*names: str) -> Mapping[str, str]:
-    """Return file, relative to ROOT → sha256, for all that `names` consist of or import, lazily too.
+    """Return file, relative to ROOT → sha256, for all that folders and modules consist of or import, lazily too.
 
-    names: folders ("engines.openvino") and modules ("kernels.calls"). The files are read once a process.
+    names: such as "engines.openvino" and "kernels.calls". The files are read once a process.
     """
     todo = [file for name in names for file in _files(ROOT / name.replace(".", "/"))]
     found: dict[Path, None] = {}
@@ -30,7 +30,7 @@ def hashes(*names: str) -> Mapping[str, str]:
 
 
 def _files(place: Path) -> list[Path]:
-    return sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    return sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
 
 
 def _imported(file: Path) -> Iterator[Path]:

@@ -54,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, arch: int, *, scale: float | None
     with needs_triton():
         from kernels.triton import attention as op
 
-    _check(lambda: op.check(*map(_meta, (q, k, v)), scale, causal), q.dtype, arch)
+    _check(lambda: op.check(_meta(q), _meta(k), _meta(v), scale, causal), q.dtype, arch)
     batch, n_q, heads, head_dim = q.shape
     best = op.config(batch, heads, n_q, k.shape[1], head_dim, q.dtype, arch)
     smaller = [dataclasses.replace(best, block_m=m, block_n=n, num_warps=4, num_stages=stages)
@@ -73,7 +73,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, arch: int, *, groups: in
     with needs_triton():
         from kernels.triton import group_norm as op
 
-    _check(lambda: op.check(*map(_meta, (x, weight, bias)), groups), x.dtype, arch)
+    _check(lambda: op.check(_meta(x), _meta(weight), _meta(bias), groups), x.dtype, arch)
     return op.plan(x.shape[0], math.prod(x.shape[2:]), x.shape[1], groups, eps, silu, channels_last)
 
 

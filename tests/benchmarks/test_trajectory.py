@@ -18,7 +18,7 @@ from benchmarks.__main__ import main
 from benchmarks.harness import denoising
 from engines import Engine, EngineError, TensorSpec, store
 from engines.bundle import Bundle, Guidance
-from engines.check import verify
+from engines.check import compare
 from runtime.schedulers import make_table
 from tests.tolerances import IMAGE_MAX, PSNR_16BIT_DB, SCHEDULER_REL
 from tests.tools.small import small_bundle
@@ -96,7 +96,7 @@ def test_everyone_gets_the_same_noise_from_a_sampler_that_adds_some():
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_an_engine_of_any_batch_predicts_the_same(bundle, batch):
     specs = {s.name: s.resolve(config(bundle).dims) for s in bundle.component("unet").inputs}
-    text, time = verify.inputs([specs["encoder_hidden_states"]], 0), {"timestep": np.array([900, 501], np.float32)}
+    text, time = compare.inputs([specs["encoder_hidden_states"]], 0), {"timestep": np.array([900, 501], np.float32)}
     latents = np.random.default_rng(0).standard_normal((4, 8, 8), np.float32)
     two, other = (denoising.predictor(store.load(bundle, "unet", config(bundle, batch=n)), text, time)(latents, 1)
                   for n in (2, batch))

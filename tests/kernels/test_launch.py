@@ -83,16 +83,16 @@ def test_the_cubin_of_to_image_gives_the_bytes_of_its_reference(for_this_gpu: tu
 def test_the_cubin_of_guidance_step_matches_its_reference(for_this_gpu: tuple[Path, str], dtype: str,
                                                           memory: int) -> None:
     from kernels.launch import Kernel
-    from tests.kernels.triton.test_guidance_step import check_against_reference, copied, random_arguments
+    from tests.tools.step_cases import check_guidance, copied, guidance_arguments
 
     artefact = Artefact.read(for_this_gpu[0], f"guidance_step_{dtype}_memory{memory}", for_this_gpu[1])
-    arguments = random_arguments(images=2, memory=memory, latent=(4, 64, 64), dtype=dtype)
+    arguments = guidance_arguments(images=2, memory=memory, latent=(4, 64, 64), dtype=dtype)
     run = copied(arguments)
     n, images = 4 * 64 * 64, len(run["state"])
     pointers = {f"{name}_ptr": tensor.data_ptr() for name, tensor in run.items()}
     enqueue_and_wait(Kernel(artefact).bind((-(-n // int(artefact.constants["BLOCK"])), images), **pointers, n=n,
                                            first=images, rows=run["table"].shape[1], draws=run["noise"].shape[1]))
-    check_against_reference(arguments, run)
+    check_guidance(arguments, run)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 from kernels import calls
 from kernels.host import ops
 from kernels.triton import guidance_step, to_image
-from tests.kernels.triton.test_guidance_step import random_arguments
+from tests.tools.step_cases import guidance_arguments
 
 
 def test_everything_that_the_runtime_launches_has_a_twin() -> None:
@@ -17,7 +17,7 @@ def test_everything_that_the_runtime_launches_has_a_twin() -> None:
 
 def test_guidance_step_is_its_reference_but_for_the_next_input() -> None:
     """Guided, rescaled and blended images, one that is not, and one that is done."""
-    arguments = {name: t.cpu() for name, t in random_arguments(images=4, rows=4).items()}
+    arguments = {name: t.cpu() for name, t in guidance_arguments(images=4, rows=4).items()}
     arguments["progress"][3, 0] = 4
     truth = {name: t.double() if t.is_floating_point() else t.clone() for name, t in arguments.items()}
     guidance_step.reference(**truth)

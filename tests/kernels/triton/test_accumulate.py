@@ -1,4 +1,4 @@
-"""accumulate: the kernel, its reference and the runtime's numpy against each other."""
+"""accumulate: the kernel, its reference and its numpy twin against each other."""
 
 from __future__ import annotations
 
