@@ -24,7 +24,7 @@ def bundle(tmp_path_factory):
     """With an engine of the UNet of each CPU backend, and one of OpenVINO's own attention."""
     found = small_bundle(tmp_path_factory.mktemp("bundles") / "small")
     for rest in ({"backend": "onnxruntime"}, {"backend": "openvino"},
-                 {"backend": "openvino", "options": {"attention": "openvino"}}):
+                 {"backend": "openvino", "options": {"attention": "vendor"}}):
         store.build(found, "unet", config(found, **rest))
     return found
 
@@ -61,8 +61,8 @@ def test_openvino_tells_which_kernels_it_chose(bundle, capsys):
         assert {layer["precision"] for layer in engine["layers"]} == {"f32"}
         assert all(layer["seconds"] is None for layer in engine["layers"])
         assert sum(row["layers"] for row in engine["kernels"]) == len(engine["layers"])
-        own = {layer["type"] for layer in engine["layers"] if layer["kernel"] == "latentrt"}
-        theirs = engine["config"]["options"].get("attention") == "openvino"
+        own = {layer["type"] for layer in engine["layers"] if layer["kernel"] == "ours"}
+        theirs = engine["config"]["options"].get("attention") == "vendor"
         if extension_is_built():
             assert own == ({"GroupNormSilu"} if theirs else {"Attention", "GroupNormSilu"})
         assert engine["now"] > 0 and engine["resident_bytes"] >= 0 and engine["versions"]["openvino"]

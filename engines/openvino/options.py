@@ -1,0 +1,43 @@
+"""The options of the openvino backend, from a config's to what they decide on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from engines.openvino import extension
+from engines.spec import EngineConfig, EngineError
+
+CHOICES = ("ours", "vendor", "auto")
+"""Whose kernels sites of one kind get: ours, the CPU plugin's, or ours where they can be used."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a config's options decide.
+
+    ours: kinds of sites whose kernels are ours. properties: the other options, which are properties of OpenVINO's CPU
+    plugin, values by name.
+    """
+
+    ours: frozenset[str]
+    properties: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, config: EngineConfig) -> Self:
+        """Raises EngineError for a value that is none of CHOICES, and for "ours" where our kernels cannot be used."""
+        return cls(frozenset(kind for kind in extension.OPS if _is_ours(config, kind)),
+                   {name: value for name, value in config.options.items() if name not in extension.OPS})
+
+
+def _is_ours(config: EngineConfig, kind: str) -> bool:
+    wanted = config.options.get(kind, "auto")
+    if wanted not in CHOICES:
+        raise EngineError(f"option {kind}: got {wanted!r}, expected ours, vendor or auto")
+    if wanted == "vendor":
+        return False
+    reason = extension.missing() or ("got dtype fp16, expected fp32 or bf16" if config.dtype == "fp16" else None)
+    if wanted == "ours" and reason:
+        raise EngineError(f"option {kind}: {reason}")
+    return reason is None
