@@ -14,9 +14,9 @@ must be is in tests/: ONNX Runtime's pictures are those of diffusers, to 1e-3 of
 How to read it: `built`: TensorRT-RTX compiled each engine that the task runs for an sm_89 GPU, and this machine has
 none to run them; `needs a GPU`: not even that, as engines whose weights change are built where they run. `failed`: what
 happened is said below the table. `missing`: this machine lacks what the engine needs.
-A figure over twice what one call of an engine may be off (engines.check.tolerance.TOLERANCE) counts as failed, as errors
-of steps add up. The exit status is 1 where anything failed. With random weights figures say little of pictures: no
-training has made the model forgive rounding, and guidance enlarges it.
+A figure over twice what one call of an engine may be off (engines.check.tolerance.TOLERANCE) counts as failed, as
+errors of steps add up. The exit status is 1 where anything failed. With random weights figures say little of pictures:
+no training has made the model forgive rounding, and guidance enlarges it.
 """
 
 from __future__ import annotations

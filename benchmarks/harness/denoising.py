@@ -17,8 +17,7 @@ from tqdm import tqdm
 import engines
 from engines import Bundle, Engine, EngineConfig, EngineError, Target, store
 from engines.bundle import Component
-from engines.check import compare
-from engines.check.compare import Difference, difference
+from engines.check.compare import SEED, Difference, difference, inputs, open_reference, reference, run
 from kernels.host.step import advance, guide, initial_state
 from runtime.schedulers import Table
 
@@ -68,7 +67,7 @@ class Trajectory:
 
 
 def trajectories(bundle: Bundle, records: Mapping[Path, store.Record], table: Table, guidance: float,
-                 seed: int = compare.SEED) -> list[Trajectory]:
+                 seed: int = SEED) -> list[Trajectory]:
     """Denoise with each of the denoiser's engines (directory → record) and with the reference at its size.
 
     An engine of the denoiser's body gets the rest from the engines of the other parts, which are built where they are
@@ -81,11 +80,11 @@ def trajectories(bundle: Bundle, records: Mapping[Path, store.Record], table: Ta
     by_size: dict[tuple[int, int] | None, dict[Path, store.Record]] = {}
     for path, record in records.items():
         by_size.setdefault(bundle.picture_size(record.config), {})[path] = record
-    trajectories = []
+    found = []
     with tqdm(total=(len(by_size) + len(records)) * table.rows, unit="step", disable=None) as bar:
         for size, of_size in by_size.items():
-            trajectories += _at_size(bundle, size, of_size, table, guidance, seed, bar)
-    return trajectories
+            found += _at_size(bundle, size, of_size, table, guidance, seed, bar)
+    return found
 
 
 def _at_size(bundle: Bundle, size: tuple[int, int] | None, records: Mapping[Path, store.Record], table: Table,
@@ -105,7 +104,7 @@ def _at_size(bundle: Bundle, size: tuple[int, int] | None, records: Mapping[Path
             bar.update()
         return latents
 
-    with compare.open_reference(Target.of(bundle, whole, config)) as engine:
+    with open_reference(Target.of(bundle, whole, config)) as engine:
         truth = denoised(engine, "reference", text, time)
     del engine  # one at a time: each has a copy of the weights
     runs: dict[Path, list[np.ndarray]] = {}
@@ -157,9 +156,9 @@ def in_rows(engine: Engine, feed: Mapping[str, np.ndarray]) -> Arrays:
     """Return an engine's outputs for inputs of any number of rows: in turn where it has fewer, repeated to fill it."""
     rows = int(next(iter(engine.inputs.values())).shape[0])
     count = len(next(iter(feed.values())))
-    runs = [compare.run(engine, {name: np.resize(value[first:first + rows], (rows, *value.shape[1:]))
+    runs = [run(engine, {name: np.resize(value[first:first + rows], (rows, *value.shape[1:]))
                                 for name, value in feed.items()}) for first in range(0, count, rows)]
-    return {name: np.concatenate([run[name] for run in runs])[:count] for name in runs[0]}
+    return {name: np.concatenate([outputs[name] for outputs in runs])[:count] for name in runs[0]}
 
 
 def decode(bundle: Bundle, size: tuple[int, int] | None, latents: list[np.ndarray]) -> list[np.ndarray]:
@@ -169,8 +168,8 @@ def decode(bundle: Bundle, size: tuple[int, int] | None, latents: list[np.ndarra
     name, component = bundle.graph(decoders[0])
     given, image = component.inputs[0].name, component.outputs[0].name
     config = bundle.config(name, backend="onnxruntime", size=size, batch=1)
-    with compare.open_reference(Target.of(bundle, name, config)) as engine:
-        return [np.clip(compare.run(engine, {given: x[None]})[image][0] / 2 + 0.5, 0, 1) for x in latents]
+    with open_reference(Target.of(bundle, name, config)) as engine:
+        return [np.clip(run(engine, {given: x[None]})[image][0] / 2 + 0.5, 0, 1) for x in latents]
 
 
 def _from_parts(bundle: Bundle, config: EngineConfig, size: tuple[int, int] | None, text: Arrays,
@@ -192,10 +191,10 @@ def _conditions(bundle: Bundle, component: Component, config: EngineConfig, seed
     Text states are those of the reference's text encoder for seeded tokens; others are drawn as for checks of one call.
     """
     specs = [spec.resolve(config.dims) for spec in component.inputs if spec.name not in ("sample", "timestep")]
-    feed = compare.inputs(specs, seed)
+    feed = inputs(specs, seed)
     states: dict[tuple[int, ...], np.ndarray] = {}
     for text in bundle.manifest.text[:1]:
         own = bundle.config(text.component, backend="onnxruntime", batch=2)
-        tokens = compare.inputs([s.resolve(own.dims) for s in bundle.component(text.component).inputs], seed)
-        states = {value.shape: value for value in compare.reference(bundle, text.component, own, tokens).values()}
+        tokens = inputs([s.resolve(own.dims) for s in bundle.component(text.component).inputs], seed)
+        states = {value.shape: value for value in reference(bundle, text.component, own, tokens).values()}
     return {name: states.get(value.shape, value) for name, value in feed.items()}

@@ -60,7 +60,7 @@ def _triton_group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 def _cpp_group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float,
                     silu: bool) -> torch.Tensor:
-    return torch.ops.latentrt.native_group_norm(_dense(x), weight, bias, groups, eps, silu)
+    return torch.ops.latentrt.cpu_group_norm(_dense(x), weight, bias, groups, eps, silu)
 
 
 def _torch_group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float,
@@ -134,7 +134,7 @@ def _triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
 def _cpp_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
                    causal: bool) -> torch.Tensor:
     rows = (_rows(x.transpose(1, 2)) for x in (q, k, v))
-    return torch.ops.latentrt.native_attention(*rows, scale=scale, causal=causal).transpose(1, 2)
+    return torch.ops.latentrt.cpu_attention(*rows, scale=scale, causal=causal).transpose(1, 2)
 
 
 def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, *,
