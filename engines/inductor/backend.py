@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from engines.backend import Backend, Engine, Target
-from engines.check.verify import TOLERANCE
+from engines.check.tolerance import TOLERANCE
 from engines.inductor import nodes as onnx_nodes
 from engines.inductor.options import Options, check_fp8
 from engines.machine.buffers import check_array, check_names, device_address

@@ -1,4 +1,4 @@
-"""The kernels that the runtime launches itself on a GPU, beside the engines: BUNDLE/engines/kernels-HASH/sm_NN/.
+"""Kernels that the runtime launches itself on a GPU, in a directory beside the engines: kernels-HASH/sm_NN/.
 
 They are compiled by `python -m kernels build` in a process of its own: that needs torch and triton, and nothing that
 reads them does. HASH is of their sources, so that other sources never find them.

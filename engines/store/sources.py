@@ -1,4 +1,4 @@
-"""The sources that shape what is built: the files of a folder or module, and every file of ours that they import."""
+"""Sources that shape what is built: the files of a folder or module, and every file of ours that they import."""
 
 from __future__ import annotations
 

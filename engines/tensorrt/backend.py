@@ -30,7 +30,7 @@ import numpy as np
 import kernels
 from engines.backend import Backend, Engine, Target
 from engines.bundle import hash_files
-from engines.check.verify import TOLERANCE
+from engines.check.tolerance import TOLERANCE
 from engines.machine.buffers import check_names, device_address
 from engines.machine.gpu import Gpu, Memory, gpus, select
 from engines.machine.vendor import importing

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from engines.backend import Target
 from engines.bundle import Check, Component, hash_files, resolve_dims
-from engines.check import verify
+from engines.check import compare
 from engines.spec import EngineConfig, EngineError
 from export.errors import ExportError
 from export.families import manifest as family
@@ -53,7 +53,7 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
     Returns the component by its name, and the parts of `export.passes.hoist` by theirs; of a UNet also the
     `export.families.variants`. Only one component's weights are in memory at a time, and PyTorch's are gone before onnxruntime
     reads the file.
-    Raises ExportError where the graph is further from PyTorch than `engines.check.verify.TOLERANCE`.
+    Raises ExportError where the graph is further from PyTorch than `engines.check.tolerance.TOLERANCE`.
     """
     on_stage(f"{name}: load")
     graph = _load(name, checkpoint)
@@ -61,7 +61,7 @@ def export_component(name: str, checkpoint: Checkpoint | Addition, dtype: str, d
     inputs = graph.example(dims, SEED)
     others = variants(graph.model) if name == "unet" else ()
     given = {spec.name: spec.resolve(dims) for other in others for spec in other.inputs}
-    added = verify.inputs(given.values(), SEED)
+    added = compare.inputs(given.values(), SEED)
     expected = {"": _run(graph, inputs)}
     for other in others:
         with other.eager(graph.model, {n: torch.from_numpy(value) for n, value in added.items()}) as more:
@@ -145,10 +145,10 @@ def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, int],
     try:
         for part in parts:
             given = {spec.name: arrays[spec.name] for spec in part.inputs}
-            arrays |= verify.run_reference(
+            arrays |= compare.run_reference(
                 Target(directory, part.file, part, EngineConfig("onnxruntime", dims)), given)
         what = f"{', '.join(part.file for part in parts)} in {parts[0].dtype}"
-        return verify.compare(arrays, expected, parts[0].dtype, what, SEED, reference)
+        return compare.arrays(arrays, expected, parts[0].dtype, what, SEED, reference)
     except EngineError as e:
         raise ExportError(f"{e}; nothing was published") from e
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kernels.cpu import library
-from tests.engines.store.test_store import rel_rms
+from tests.engines.cases import rel_rms
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
