@@ -18,8 +18,7 @@ from torch import nn
 
 import engines
 from engines import Bundle, EngineError, Target, store
-from engines.check import compare
-from engines.check import refit as verify_refit
+from engines.check import compare, refit
 from engines.onnx.initializers import values
 from engines.onnx.low_rank import LowRank
 from runtime import Lora, Pipeline, Request
