@@ -21,7 +21,7 @@ BUNDLE := build/shapes.bundle
 BUNDLE_SOURCES := $(shell find models/shapes -type f 2>/dev/null) $(shell find export -name '*.py' -o -path '*/configs/*') \
     engines/bundle/manifest.py engines/spec.py
 
-.PHONY: help demo test check lint native-asan clean distclean
+.PHONY: help demo test check lint cpp-asan clean distclean
 
 help: ## list the targets
 	@echo 'make demo        draw a picture from a prompt: make demo PROMPT="a small green star above a large pink cross"'
@@ -29,7 +29,7 @@ help: ## list the targets
 	@echo '                 in WORKERS processes, 2 unless said otherwise; make test WORKERS=0 ARGS="--pdb" for a debugger'
 	@echo 'make check       ruff, mypy and the tests that are not slow'
 	@echo 'make lint        ruff and mypy only'
-	@echo 'make native-asan test the C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make cpp-asan test the C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make clean       remove what was built; make distclean removes .venv too'
 	@echo 'PYTHON=/path/to/python3 chooses the Python that .venv is made with (3.11 or later)'
 
@@ -49,11 +49,11 @@ lint: .venv/.installed $(STUBS)
 	@$(PY) -m mypy
 
 # Python is not built with the sanitizer, so its runtime goes first; leaks that it would report are Python's own.
-native-asan: .venv/.installed
-	@cmake -S . -B build/native-asan -DLATENTRT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
-	@cmake --build build/native-asan --parallel
+cpp-asan: .venv/.installed
+	@cmake -S . -B build/cpp-asan -DLATENTRT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	@cmake --build build/cpp-asan --parallel
 	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    LATENTRT_TEST_LIBRARY=build/native-asan/liblatentrt_kernels.so $(PY) -m pytest tests/kernels/cpu/test_native.py $(ARGS)
+	    LATENTRT_TEST_LIBRARY=build/cpp-asan/liblatentrt_kernels.so $(PY) -m pytest tests/kernels/cpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -121,7 +121,7 @@ def _setting(args: argparse.Namespace) -> Setting:
     import torch
 
     from benchmarks.harness.contenders import Setting
-    from kernels.cpu import native
+    from kernels.cpu import library
 
     threads, isas = args.threads or len(os.sched_getaffinity(0)), tuple(args.isa or ())
     if args.device == "cuda":
@@ -130,7 +130,7 @@ def _setting(args: argparse.Namespace) -> Setting:
         if isas or args.threads or args.torch_isa:
             raise ValueError("got --isa, --torch-isa or --threads with --device cuda, expected --device cpu with them")
     else:
-        here = native.isas()
+        here = library.isas()
         isas = isas or here[-1:]
         if missing := [isa for isa in isas if isa not in here]:
             raise ValueError(f"--isa: got {', '.join(missing)}, expected some of {', '.join(here)} on this CPU")

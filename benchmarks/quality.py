@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.harness import measure
-from engines.check.verify import difference
+from engines.check.compare import difference
 from engines.cli.options import positive, setting
 from models.world.adherence import Verdict, check
 from models.world.scenes import Scene, held_out

@@ -14,7 +14,7 @@ must be is in tests/: ONNX Runtime's pictures are those of diffusers, to 1e-3 of
 How to read it: `built`: TensorRT-RTX compiled each engine that the task runs for an sm_89 GPU, and this machine has
 none to run them; `needs a GPU`: not even that, as engines whose weights change are built where they run. `failed`: what
 happened is said below the table. `missing`: this machine lacks what the engine needs.
-A figure over twice what one call of an engine may be off (engines.check.verify.TOLERANCE) counts as failed, as errors of
+A figure over twice what one call of an engine may be off (engines.check.tolerance.TOLERANCE) counts as failed, as errors of
 steps add up. The exit status is 1 where anything failed. With random weights figures say little of pictures: no
 training has made the model forgive rounding, and guidance enlarges it.
 """
@@ -41,7 +41,8 @@ import engines
 from benchmarks.harness import measure
 from benchmarks.harness.task_cases import CASES, SIZE, STEPS, Case, Model, models
 from engines import store
-from engines.check import verify
+from engines.check import compare
+from engines.check.tolerance import TOLERANCE
 from runtime import Pipeline, Request
 
 MAY_GROW = 2
@@ -165,8 +166,8 @@ def _measured(case: Case, model: Model, request: Request, column: Column, truth:
         return {"error": "its latents have NaN or Inf"}, None
     if truth is None:
         return {"error": None}, latents
-    found = verify.difference(latents, truth)
-    most = MAY_GROW * verify.TOLERANCE[column.dtype]
+    found = compare.difference(latents, truth)
+    most = MAY_GROW * TOLERANCE[column.dtype]
     error = None if found.rel_rms <= most else f"got {found.rel_rms:.1e} (relative RMS), expected at most {most:.0e}"
     return {"rel_rms": found.rel_rms, "max_abs": found.max_abs, "error": error}, latents
 

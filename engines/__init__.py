@@ -1,4 +1,4 @@
-"""Engines: the backends that compile one component of a bundle for static shapes, and their cache."""
+"""Engines: what compiles one component of a bundle for static shapes, and the cache of what was compiled."""
 
 from engines.backend import BACKENDS, Backend, Engine, Layer, Target, backend
 from engines.bundle import Bundle

@@ -1,4 +1,4 @@
-"""What a backend and an engine are to the rest of latentrt, and which backends there are."""
+"""Backends and engines as the rest of latentrt sees them, and which backends there are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BACKENDS = {
     "tensorrt": "engines.tensorrt.backend:ENTERPRISE",
     "tensorrt-rtx": "engines.tensorrt.backend:RTX",
 }
-"""Name → module and the `Backend` in it, which is imported when it is asked for."""
+"""Name of a backend → module and the `Backend` in it, which is imported when it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Target:
 
     @property
     def onnx(self) -> Path:
-        """The component's ONNX file."""
+        """The path of the component's ONNX file."""
         return self.directory / self.component.file
 
     @property
     def inputs(self) -> dict[str, TensorSpec]:
-        """Name → spec of each input at the config's static shapes."""
+        """The inputs at the config's static shapes: name → spec."""
         return {spec.name: spec.resolve(self.config.dims) for spec in self.component.inputs}
 
     @property
     def outputs(self) -> dict[str, TensorSpec]:
-        """Name → spec of each output at the config's static shapes."""
+        """The outputs at the config's static shapes: name → spec."""
         return {spec.name: spec.resolve(self.config.dims) for spec in self.component.outputs}
 
 
@@ -93,7 +93,7 @@ class Engine(Protocol):
         ...
 
     def enqueue(self, stream: Any = None) -> None:
-        """Run on the bound buffers; may be called many times. On a CPU it returns when the outputs are written."""
+        """Run on the bound buffers, any number of times. On a CPU it returns when the outputs are written."""
         ...
 
     def refit(self, weights: Mapping[str, Weight]) -> None:
@@ -120,7 +120,7 @@ class Backend(Protocol):
     in_parts: bool = True
 
     def available(self) -> str | None:
-        """Return None where it can be used, else what to do."""
+        """Return None where the library can be used, else what to do."""
         ...
 
     def devices(self) -> list[str]:
@@ -139,7 +139,10 @@ class Backend(Protocol):
         ...
 
     def build(self, target: Target, directory: Path) -> None:
-        """Write into `directory` what `load` needs beside the ONNX file. Raises EngineError where it cannot be built."""
+        """Write into `directory` what `load` needs beside the ONNX file.
+
+        Raises EngineError where the engine cannot be built.
+        """
         ...
 
     def load(self, target: Target, directory: Path) -> Engine:
@@ -155,7 +158,7 @@ class Backend(Protocol):
         return True
 
     def refits(self, config: EngineConfig) -> bool:
-        """Return whether a build has to show that new weights reach the engine (`engines/check/refit.py`)."""
+        """Return whether a build has to show that new weights reach the engine (`engines.check.refit`)."""
         return False
 
     def details(self, directory: Path) -> dict[str, Any]:
@@ -165,11 +168,12 @@ class Backend(Protocol):
         """
         return {}
 
-    def layers(self, target: Target, directory: Path, feed: Mapping[str, np.ndarray], calls: int) -> list[Layer] | None:
-        """Open the engine, run it `calls` times on `feed` (name → array) after a first, and return its layers in the
-        order they run; None where the library does not tell.
+    def layers(self, target: Target, directory: Path, feed: Mapping[str, np.ndarray],
+               calls: int) -> list[Layer] | None:
+        """Return the layers of the engine in the order they run; None where the library does not tell.
 
-        Times need counters that cost time themselves, so their sum is more than a call takes.
+        The engine is opened and run `calls` times on `feed` (name → array) after a first time. Times need counters that
+        cost time themselves, so their sum is more than a call takes.
         """
         return None
 
@@ -179,5 +183,4 @@ def backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise EngineError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
     module, _, attribute = BACKENDS[name].partition(":")
-    found: Backend = getattr(importlib.import_module(module), attribute)
-    return found
+    return getattr(importlib.import_module(module), attribute)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -14,6 +14,12 @@ import numpy as np
 
 DTYPES = ("fp32", "fp16", "bf16")
 """Precisions that graphs have and engines compute in."""
+
+KINDS = ("attention", "norm", "layer_norm", "geglu")
+"""Kinds of sites in a graph where a kernel can be chosen; "norm" is group normalisation."""
+
+WHOSE = ("ours", "vendor", "auto")
+"""Whose kernel a site gets: this project's, the library's of the backend, or the faster of both."""
 
 T = TypeVar("T")
 
@@ -54,10 +60,11 @@ class TensorSpec:
 class EngineConfig:
     """Everything that an engine is built for; passed whole, hashed whole into the cache key.
 
-    backend: a name of `engines.BACKENDS`. dims: the size of every dimension that the component's specs name, "batch"
-    among them; `Bundle.config` fills it in. dtype: the precision that the engine computes in (its inputs and outputs
-    are float32 whatever this says). device: "cpu", "cpu:avx2", "cuda:0", "sm_90" … as the backend understands it.
-    threads: 0 leaves their number to the backend. options: settings of the backend, JSON values only.
+    backend: a name of `engines.BACKENDS`. dims: the size of every dimension that the component's specs name ("height"
+    and "width" in pixels, "latent_height", "sequence" …), "batch" among them; `Bundle.config` fills it in.
+    dtype: the precision that the engine computes in (its inputs and outputs are float32 whatever this says). device:
+    "cpu", "cpu:avx2", "cuda:0", "sm_90" … as the backend understands it. threads: 0 leaves their number to the backend.
+    options: settings of the backend, JSON values only.
     """
 
     backend: str
@@ -77,11 +84,12 @@ class EngineConfig:
                 raise EngineError(f"engine config {name}: got {value!r}, expected a whole number of at least {least}")
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields by name."""
         return {**dataclasses.asdict(self), "dims": dict(self.dims), "options": dict(self.options)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of to_json. Unknown keys raise EngineError."""
+        """Return the config that `to_json` wrote. Unknown keys raise EngineError."""
         return parse(cls, data, "engine config", "rebuild the engine with this version")
 
 
@@ -93,39 +101,61 @@ def parse(cls: type[T], data: Any, where: str, do: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise EngineError(f"{where}: got {type(data).__name__}, expected an object; {do}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown := set(data) - set(fields):
+    readers, required = _fields(cls)  # type: ignore[arg-type]  # a class is as hashable as any
+    if unknown := data.keys() - readers.keys():
         raise EngineError(f"{where}: got unknown keys {sorted(unknown)}; {do}")
-    required = {name for name, f in fields.items()
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    if missing := required - set(data):
+    if missing := required - data.keys():
         raise EngineError(f"{where}: missing keys {sorted(missing)}; {do}")
-    kinds = _kinds(cls)
-    return cls(**{name: _value(kinds[name], value, f"{where}: {name}", do) for name, value in data.items()})
+    return cls(**{name: readers[name](value, where, name, do) for name, value in data.items()})
+
+
+Reader = Callable[[Any, str, str, str], Any]
+"""What JSON says of a field, where, the field's name, the way out → the field's value."""
 
 
 @functools.cache
-def _kinds(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _fields(cls: Any) -> tuple[dict[str, Reader], frozenset[str]]:
+    """Return name → reader for the fields of a dataclass, and the names of those without a default."""
+    kinds = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)
+    required = frozenset(f.name for f in fields
+                         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
+    return {f.name: _reader(kinds[f.name]) for f in fields}, required
 
 
-def _value(kind: Any, value: Any, where: str, do: str) -> Any:
-    """Return what JSON says of a field of type `kind` as that type; numbers and strings are taken as they are."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next(one for one in kind.__args__ if one is not type(None))
-    inner = typing.get_args(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return parse(kind, value, where, do)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise EngineError(f"{where}: got {type(value).__name__}, expected a list; {do}")
-        return tuple(_value(inner[0], one, f"{where}.{n}", do) for n, one in enumerate(value))
-    if typing.get_origin(kind) is Mapping:
-        if not isinstance(value, Mapping):
-            raise EngineError(f"{where}: got {type(value).__name__}, expected an object; {do}")
-        return {name: _value(inner[1], one, f"{where}.{name}", do) for name, one in value.items()}
-    if isinstance(value, Mapping | list) and kind is not Any:
-        raise EngineError(f"{where}: got {type(value).__name__}, expected a single value; {do}")
+def _reader(kind: Any) -> Reader:
+    """Return the reader of fields of a type: a dataclass, tuple or Mapping of these, or a single value."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        least = [one for one in inner if one is not types.NoneType]
+        read = _reader(least[0])
+        return lambda value, where, name, do: None if value is None else read(value, where, name, do)
+    if dataclasses.is_dataclass(kind):
+        return lambda value, where, name, do: parse(kind, value, f"{where}: {name}", do)  # type: ignore[arg-type]
+    if origin is tuple:
+        read = _reader(inner[0])
+        return lambda value, where, name, do: tuple(
+            read(item, where, f"{name}.{n}", do) for n, item in enumerate(_expect(list, value, where, name, do)))
+    if origin is Mapping:
+        read = _reader(inner[1])
+        return lambda value, where, name, do: {
+            key: read(item, where, f"{name}.{key}", do)
+            for key, item in _expect(dict, value, where, name, do).items()}
+    return _any if kind is Any else _single
+
+
+def _expect(kind: type, value: Any, where: str, name: str, do: str) -> Any:
+    if not isinstance(value, kind):
+        expected = "a list" if kind is list else "an object"
+        raise EngineError(f"{where}: {name}: got {type(value).__name__}, expected {expected}; {do}")
+    return value
+
+
+def _any(value: Any, where: str, name: str, do: str) -> Any:
+    return value
+
+
+def _single(value: Any, where: str, name: str, do: str) -> Any:
+    if isinstance(value, dict | list):
+        raise EngineError(f"{where}: {name}: got {type(value).__name__}, expected a single value; {do}")
     return value

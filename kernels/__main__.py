@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels.aot import build as aot
 from kernels.aot.artefact import ARCHS, KernelError, artefacts
+from kernels.aot.build import build
+from kernels.aot.plan import OPS, variants_of
 
 OUTPUT = Path("build/kernels")
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     start = time.perf_counter()
-    built = aot.build(options.output, archs=options.arch, ops=options.op, cache=options.cache, processes=options.jobs)
+    built = build(options.output, archs=options.arch, ops=options.op, cache=options.cache, processes=options.jobs)
     seconds = time.perf_counter() - start
     unfit = sorted(f"{a.arch}/{a.name}" for a in built.unfit)
     if options.json:
@@ -68,26 +69,34 @@ def _build(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     if options.directory:
-        found = [artefact for artefact in artefacts(options.directory) if artefact.op in options.op]
-        if options.json:
-            print(json.dumps([artefact.to_json() for artefact in found], indent=1))
-            return 0
+        _list_built(options)
+    else:
+        _list_variants(options)
+    return 0
+
+
+def _list_built(options: argparse.Namespace) -> None:
+    found = [artefact for artefact in artefacts(options.directory) if artefact.op in options.op]
+    if options.json:
+        print(json.dumps([artefact.to_json() for artefact in found], indent=1))
+    else:
         _table(["arch", "name", "entry", "threads", "shared", "cubin"],
                [[a.arch, a.name, a.entry, a.block[0], f"{a.shared} B", f"{len(a.code('cubin'))} B"] for a in found])
-        return 0
-    variants = [variant for op in options.op for variant in aot.variants_of(op).values()]
+
+
+def _list_variants(options: argparse.Namespace) -> None:
+    variants = [variant for op in options.op for variant in variants_of(op).values()]
     rows = [[v.op, v.name, ", ".join(f"{name}: {kind}" for name, kind in v.signature.items()),
              [arch for arch in ARCHS if arch in v.archs]] for v in variants]
     if options.json:
         print(json.dumps([dict(zip(("op", "name", "signature", "archs"), row, strict=True)) for row in rows], indent=1))
-        return 0
-    _table(["op", "name", "from", "arguments"],
-           [[op, name, f"sm_{archs[0]}", types] for op, name, types, archs in rows])
-    return 0
+    else:
+        _table(["op", "name", "from", "arguments"],
+               [[op, name, f"sm_{archs[0]}", types] for op, name, types, archs in rows])
 
 
 def _table(header: list[str], lines: list[list[Any]]) -> None:
-    """Plain columns; the last is as long as it is."""
+    """Print columns, each as wide as its longest cell."""
     cells = [header, *([str(c) for c in line] for line in lines)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
@@ -104,8 +113,8 @@ def _archs(text: str) -> list[int]:
 
 def _ops(text: str) -> list[str]:
     chosen = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in chosen if name not in aot.OPS]:
-        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, expected some of {','.join(aot.OPS)}")
+    if unknown := [name for name in chosen if name not in OPS]:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, expected some of {','.join(OPS)}")
     return list(dict.fromkeys(chosen))
 
 
@@ -119,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--op", type=_ops, default=aot.OPS, metavar="NAMES",
-                        help=f"only these operators (default: {','.join(aot.OPS)})")
+    shared.add_argument("--op", type=_ops, default=OPS, metavar="NAMES",
+                        help=f"only these operators (default: {','.join(OPS)})")
     shared.add_argument("--json", action="store_true", help="print JSON")
     shared.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     commands = parser.add_subparsers(required=True, metavar="{build,list}")

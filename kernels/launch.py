@@ -40,7 +40,7 @@ class Kernel:
         _allow_shared_memory(self._kernel, artefact, device)
 
     def bind(self, grid: tuple[int, ...], **arguments: int | float | Any) -> Callable[[Any], None]:
-        """A function of a stream that enqueues this kernel with these arguments; they are checked and packed once.
+        """Return a function of a stream that enqueues this kernel with these arguments, checked and packed once.
 
         grid: programs along x, y and z. arguments: by name; device addresses (anything with `__int__`), which must
         stay valid, and numbers. Raises KernelError where names or alignment are not those of the artefact.
@@ -63,12 +63,12 @@ class Kernel:
 
 
 def _pack(kind: str, value: Any) -> Any:
-    """A value in the width that the kernel reads; cuda.core takes a plain integer for an address."""
+    """Return a value in the width that the kernel reads; cuda.core takes a plain integer for an address."""
     return int(value) if kind.startswith("*") else SCALARS[kind](value)
 
 
 def _allow_shared_memory(kernel: Any, artefact: Artefact, device: int) -> None:
-    """Beyond 48 KiB, dynamic shared memory is allowed kernel by kernel."""
+    """Ask the driver for more than 48 KiB of dynamic shared memory, which it gives kernel by kernel."""
     if artefact.shared <= 48 * 1024:
         return
     driver = importlib.import_module("cuda.bindings.driver")
@@ -80,7 +80,7 @@ def _allow_shared_memory(kernel: Any, artefact: Artefact, device: int) -> None:
 
 
 def cuda_core() -> Any:
-    """The package cuda.core. Raises KernelError with the pip line where it is missing or too old."""
+    """Return the package cuda.core. Raises KernelError with the pip line where it is missing or too old."""
     try:
         core = importlib.import_module("cuda.core")
     except ImportError as e:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from benchmarks import cases
 from benchmarks.harness import measure
-from kernels.cpu import native
+from kernels.cpu import cpp
 from kernels.host import step_table
 from kernels.triton import attention, geglu, group_norm, guidance_step, layer_norm, to_image
 from tests.tools.kernel_cases import DTYPES
@@ -147,7 +147,7 @@ def _attention(case: cases.Attention, dtype: str, setting: Setting) -> Bench:
     def ours_on_cpu(isa: str) -> Run:
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             heads_first = (_numpy(t).transpose(0, 2, 1, 3) for t in (q, k, v))
-            out = native.attention(*heads_first, causal=case.causal, threads=setting.threads, isa=isa)
+            out = cpp.attention(*heads_first, causal=case.causal, threads=setting.threads, isa=isa)
             return _tensor(out, dtype).transpose(1, 2)
         return run
 
@@ -207,7 +207,7 @@ def _group_norm(case: cases.GroupNorm, dtype: str, setting: Setting) -> Bench:
 
         def run(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
             array = _numpy(x)
-            out = native.group_norm(np.moveaxis(array, 1, -1) if setting.channels_last else array, case.groups, *wide,
+            out = cpp.group_norm(np.moveaxis(array, 1, -1) if setting.channels_last else array, case.groups, *wide,
                                     eps=case.eps, silu=case.silu, channels_last=setting.channels_last,
                                     threads=setting.threads, isa=isa)
             return _tensor(out, dtype).movedim(-1, 1) if setting.channels_last else _tensor(out, dtype)
@@ -324,7 +324,7 @@ def _peers(eager: Run, setting: Setting) -> dict[str, Run]:
 def _floor(dtype: str, setting: Setting) -> float:
     if setting.device == "cuda":
         return GPU_FLOOR[dtype]
-    from tests.kernels.cpu.test_native import FLOOR
+    from tests.tools.cpu_cases import FLOOR
 
     return FLOOR[dtype]
 

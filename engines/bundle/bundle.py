@@ -1,4 +1,4 @@
-"""An opened bundle, and the questions that engines and the runtime ask of it: by role, network, part and variant."""
+"""An opened bundle, and what engines and the runtime ask of it: graphs by role, network, part and variant, sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engines.spec import EngineConfig, EngineError
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle: where it is and what its manifest says."""
+    """An opened bundle. path: its directory. manifest: what that says of the model."""
 
     path: Path
     manifest: Manifest = field(repr=False)
@@ -56,7 +56,7 @@ class Bundle:
         return tuple({c.network: None for c in self.manifest.components.values() if c.role == role})
 
     def network(self, role: str) -> str:
-        """Return the only network of a role. Raises EngineError where the bundle has none."""
+        """Return the network of a role, the first of several. Raises EngineError where the bundle has none."""
         networks = self.of_role(role)
         if not networks:
             raise EngineError(f"{self.path}: got no {role}, expected one; export a checkpoint that has it")

@@ -1,4 +1,4 @@
-"""Dimensions: where the sizes of the named dimensions in tensor specs come from."""
+"""The named dimensions of tensor specs, and where their sizes come from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engines.spec import EngineError
 
 @dataclass(frozen=True)
 class DimSpec:
-    """Where the size of a dimension comes from: it is `of` / `divisor`, rounded up, or else the number `size`."""
+    """The source of a dimension's size: dimension `of` divided by `divisor` and rounded up, or the number `size`."""
 
     of: str = ""
     divisor: int = 1
@@ -23,7 +23,7 @@ class DimSpec:
 
 
 def resolve_dims(names: Iterable[str], given: Mapping[str, int], dims: Mapping[str, DimSpec]) -> dict[str, int]:
-    """Return the size of each of the dimensions `names`: as given, else as `dims` says.
+    """Return name → size for the dimensions `names`: as given, else as `dims` says.
 
     Raises EngineError for a dimension of which neither says a size.
     """
@@ -42,7 +42,8 @@ def resolve_dims(names: Iterable[str], given: Mapping[str, int], dims: Mapping[s
 def size_of(name: str, known: Mapping[str, int], dims: Mapping[str, DimSpec]) -> int:
     """Return the size of dimension `name` from those of `known` that follow from it; 0 where none does.
 
-    What was rounded up gives the largest size that it stands for, so the finest of them is asked.
+    A size that was rounded up stands for several; the finest of `known` stands for the fewest, and the largest of them
+    is returned.
     """
     if name in known:
         return known[name]
@@ -51,7 +52,7 @@ def size_of(name: str, known: Mapping[str, int], dims: Mapping[str, DimSpec]) ->
 
 
 def _divisor(name: str, ancestor: str, dims: Mapping[str, DimSpec]) -> int:
-    """Return how many of `ancestor` make one of `name`; 0 where that does not follow from it."""
+    """Return how many of `ancestor` make one of `name`; 0 where `name` does not follow from it."""
     divisor = 1
     for _ in dims:
         if name == ancestor or name not in dims:

@@ -1,4 +1,4 @@
-"""The hashes of a bundle's files."""
+"""Hashes of files, and the check that a bundle's files are what they were."""
 
 from __future__ import annotations
 

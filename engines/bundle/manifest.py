@@ -24,14 +24,14 @@ MANIFEST = "manifest.json"
 STEPS = {"denoise": "denoiser", "tokens": "decode"}
 """Loop of a model → the role of the network that it runs at every step."""
 ROWS = ("image", "branch")
-"""How the rows of an engine can follow from the images that are drawn together; see `Component`."""
+"""Ways in which the rows of an engine follow from the images that are drawn together; see `Component`."""
 FORMS = ("none", "classifier-free", "channels", "embedded", "ramp")
 """Forms of guidance; see `Guidance`."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """How far a component is from its reference on inputs drawn from `seed`.
+    """The distance of a component or an engine from its reference, on inputs drawn from `seed`.
 
     max_abs: largest absolute difference. rel_rms: RMS of the difference over RMS of the reference.
     reference: what it was compared with, in words.
@@ -85,7 +85,7 @@ class Component:
 
     @property
     def groups(self) -> frozenset[str]:
-        """The groups of tensors that it is given."""
+        """The groups of tensors among its inputs."""
         return frozenset(spec.group for spec in self.inputs if spec.group)
 
     def row_counts(self, batch: int) -> tuple[int, ...]:
@@ -122,7 +122,7 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How a prediction is pushed towards the conditions.
+    """The way in which a prediction is pushed towards the conditions.
 
     form: "none"; "classifier-free" (arXiv 2207.12598), on all channels; "channels", the same on the first `channels`
     of them; "ramp", with a scale that grows over the frames; "embedded", where the scale is the denoiser's `input`.
@@ -143,7 +143,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What is drawn: latent = (encoder mean − shift) · scale.
+    """The latents that are drawn: latent = (encoder mean − shift) · scale.
 
     factor: pixels a latent, along each side. multiple: sizes are multiples of so many latents. frames: pictures that
     are drawn together, of a video.
@@ -225,6 +225,7 @@ class Manifest:
         return next((condition for condition in self.conditions if condition.meaning == meaning), None)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields by name, JSON values all the way down."""
         return dataclasses.asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: one writer, a temporary name, one rename."""
+"""Writing directories that appear whole or not at all: one writer, a temporary name, one rename."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engines.spec import EngineError
 
 
 class BusyError(EngineError):
-    """Another process is writing the same directory."""
+    """The directory is being written by another process."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Do new weights arrive? Refit an engine, and compare it with the reference that was given the same weights.
+"""New weights: refit an engine, and compare it with the reference that was given the same weights.
 
 NVIDIA documents for TensorRT 11.3 that a plan built for REFIT may drop the bias of a matrix product. Against the
 reference all biases together show; a single one may be less than the tolerance there (3e-5 of the output, in the middle
@@ -15,33 +15,32 @@ from typing import Any
 
 import numpy as np
 
-import engines
-from engines.backend import Engine, Target
+from engines.backend import Engine, Target, backend
 from engines.bundle import Bundle, Check
-from engines.check import verify
+from engines.check import compare
 from engines.spec import EngineConfig, EngineError
 
 NOISE = 0.05
-"""Change of a weight, of its own size."""
+"""Change of a weight, as a share of its own size."""
 SHIFT = 0.5
-"""Change of a bias, of the RMS that its product has where the inputs' RMS is 1."""
+"""Change of a bias, as a share of the RMS that its product has where the inputs' RMS is 1."""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def check(bundle: Bundle, name: str, config: EngineConfig, directory: Path,
-          weights: Mapping[str, np.ndarray] | None = None, seed: int = verify.SEED) -> Check:
-    """Refit the engine in `directory` and compare it with the ONNX Runtime float32 reference; returns the figures.
+          weights: Mapping[str, np.ndarray] | None = None, seed: int = compare.SEED) -> Check:
+    """Refit the engine in `directory`, compare it with the ONNX Runtime float32 reference, and return the figures.
 
     weights: initializer → new value, by default those of `perturbed` that the engine has kept apart (its attribute
-    `refittable`, where it has one). The engine on disk does not change. Raises EngineError where an output is over the
+    `refittable`). The engine on disk does not change. Raises EngineError where an output is over the
     tolerance of what it computes in, has NaN or Inf, a bias changes nothing, or nothing can be changed.
     """
     target = Target.of(bundle, name, config)
-    engine = engines.backend(config.backend).load(target, directory)
+    engine = backend(config.backend).load(target, directory)
     if weights is None:
         weights = perturbed(target.onnx, seed, engine.refittable)
-    figures = compare(engine, target, weights, seed)
+    figures = against_reference(engine, target, weights, seed)
     if lost := ignored(engine, target.onnx, weights, seed):
         raise EngineError(f"{config.backend} {config.dtype} engine of {name}: got the same output with other values of "
                           f"{len(lost)} biases ({', '.join(lost[:3])}), expected another; build it without "
@@ -49,19 +48,19 @@ def check(bundle: Bundle, name: str, config: EngineConfig, directory: Path,
     return figures
 
 
-def ignored(engine: Engine, onnx: Path, weights: Mapping[str, np.ndarray], seed: int = verify.SEED) -> list[str]:
-    """Those biases among `weights` whose sign an open engine gives the same output for; it keeps `weights`.
+def ignored(engine: Engine, onnx: Path, weights: Mapping[str, np.ndarray], seed: int = compare.SEED) -> list[str]:
+    """Return the biases among `weights` whose sign changes nothing in what an open engine gives; it keeps `weights`.
 
-    Each is turned round alone. What two runs differ by without any change counts as the same.
+    The sign of each is turned alone. What two runs differ by without any change counts as the same.
     """
-    feed = verify.inputs(engine.inputs.values(), seed)
+    feed = compare.inputs(engine.inputs.values(), seed)
     engine.refit(weights)
-    before, again = verify.run(engine, feed), verify.run(engine, feed)
+    before, again = compare.run(engine, feed), compare.run(engine, feed)
     noise = 2 * _difference(before, again)
     lost = []
     for name in sorted(biases(onnx) & set(weights)):
         engine.refit({name: -np.asarray(weights[name])})
-        after = verify.run(engine, feed)
+        after = compare.run(engine, feed)
         if _difference(before, after) <= noise:
             lost.append(name)
         before = after
@@ -73,26 +72,27 @@ def _difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> flo
     return max(float(np.abs(a[name].astype(np.float64) - b[name]).max()) for name in a)
 
 
-def compare(engine: Engine, target: Target, weights: Mapping[str, np.ndarray], seed: int = verify.SEED) -> Check:
-    """Figures of an open engine, which keeps the new weights, against the reference; raises as `check` does."""
+def against_reference(engine: Engine, target: Target, weights: Mapping[str, np.ndarray],
+                      seed: int = compare.SEED) -> Check:
+    """Return the figures of an open engine, which keeps the new weights; raises as `check` does."""
     if not weights:
         raise EngineError(f"{target.onnx}: got no weight to change, expected one that the engine can replace; "
                           "build it with --option refit=true")
-    feed = verify.inputs(engine.inputs.values(), seed)
-    with verify.open_reference(target) as reference:
+    feed = compare.inputs(engine.inputs.values(), seed)
+    with compare.open_reference(target) as reference:
         reference.refit(weights)
-        expected = verify.run(reference, feed)
+        expected = compare.run(reference, feed)
     config = target.config
     engine.refit(weights)
-    return verify.compare(verify.run(engine, feed), expected, verify.precision(engine, config),
+    return compare.arrays(compare.run(engine, feed), expected, compare.precision(engine, config),
                           f"{config.backend} {config.dtype} engine with {len(weights)} new weights", seed,
-                          f"{verify.REFERENCE} with the same weights")
+                          f"{compare.REFERENCE} with the same weights")
 
 
 def perturbed(onnx: Path, seed: int, only: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """New values, float32, for the weights and biases of the convolutions and matrix products of an ONNX file.
+    """Return new values, float32, for the weights and biases of the convolutions and matrix products of an ONNX file.
 
-    only: leaves other names out. Raises EngineError without onnx_ir.
+    only: the names to keep; None for all. Raises EngineError without onnx_ir.
     """
     rng = np.random.default_rng(seed)
     found: dict[str, np.ndarray] = {}
@@ -105,17 +105,17 @@ def perturbed(onnx: Path, seed: int, only: Collection[str] | None = None) -> dic
             value = bias.const_value.numpy().astype(np.float32)
             found[bias.name] = value + SHIFT * scale * rng.standard_normal(value.shape, np.float32)
     if only is not None and (fixed := sorted(set(found) - set(only))):
-        log.info("%s: not checked, for the build has folded them away: %s", onnx, ", ".join(fixed))
+        logger.info("%s: not checked, for the build has folded them away: %s", onnx, ", ".join(fixed))
     return {name: value for name, value in found.items() if only is None or name in only}
 
 
 def biases(onnx: Path) -> set[str]:
-    """Initializers that are added to a convolution or matrix product."""
+    """Return the initializers that are added to a convolution or matrix product."""
     return {bias.name for _, _, bias in _products(onnx) if bias is not None}
 
 
 def _products(onnx: Path) -> list[tuple[Any, int, Any]]:
-    """(weight, how many products are summed, bias or None) of every Conv, Gemm and MatMul with a stored weight."""
+    """Return (weight, number of products summed, bias or None) of every Conv, Gemm and MatMul with a stored weight."""
     try:
         import onnx_ir as ir
     except ImportError as e:
@@ -143,7 +143,7 @@ def _products(onnx: Path) -> list[tuple[Any, int, Any]]:
 
 
 def _stored(value: Any) -> tuple[Any, bool]:
-    """(the floating-point initializer that `value` is, None where it is computed; whether it is transposed)."""
+    """Return (the floating-point initializer that `value` is or None, whether it is transposed)."""
     turned = False
     while value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Transpose"):
         turned ^= node.op_type == "Transpose"

@@ -1,4 +1,4 @@
-"""Ctrl-C that stays Ctrl-C, whatever library it hits."""
+"""Ctrl-C on the command lines, which stays Ctrl-C whatever library it hits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """For the command lines: an exception that comes after Ctrl-C leaves this block as KeyboardInterrupt.
+    """Turn an exception that comes after Ctrl-C in this block into KeyboardInterrupt.
 
     Libraries that catch everything turn the interrupt into an error of their own (safetensors makes it "could not read
     the file", an extension module that is being loaded an ImportError), and the user would be told of a broken file.

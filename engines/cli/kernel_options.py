@@ -1,20 +1,22 @@
-"""Whose kernels an engine computes with, on the command lines: `--attention` and `--norm`."""
+"""The options of the command lines for whose kernels an engine computes with: `--attention`, `--norm` …"""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-KINDS = ("attention", "norm")
+from engines.spec import KINDS, WHOSE
 
 
 def add_kernel_options(parser: Any) -> None:
-    """`--attention` and `--norm` for a parser or a group of one, short for `--option attention=…` and `norm=…`."""
+    """Add an option for each kind of site to a parser or a group of one; short for `--option attention=ours` …"""
     for kind in KINDS:
-        parser.add_argument(f"--{kind}", metavar="WHOSE", help=f"whose {kind} kernels: openvino has latentrt and "
-                            "openvino, tensorrt has native, plugin (ours) and auto, which times both")
+        parser.add_argument(f"--{kind.replace('_', '-')}", choices=WHOSE,
+                            help=f"whose {kind.replace('_', ' ')} kernels: ours, the vendor's, or auto, the faster of "
+                                 "both; not every backend has every kind")
 
 
 def kernel_options(options: argparse.Namespace) -> dict[str, str]:
-    """The options of a config that they are; a backend without such an option refuses it."""
-    return {kind: value for kind in KINDS if (value := getattr(options, kind)) is not None}
+    """Return the options of a config that were given; a backend without one of them refuses it."""
+    given = vars(options)
+    return {kind: given[kind] for kind in KINDS if given[kind] is not None}

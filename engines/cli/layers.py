@@ -1,4 +1,4 @@
-"""Layers of engines as `python -m engines inspect` counts and sorts them."""
+"""Counting and sorting the layers of engines for `python -m engines inspect`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from engines.backend import Layer
 
 
 def recorded(rows: Iterable[Mapping[str, Any]]) -> list[Layer]:
-    """Layers of rows {name, kind, kernel, milliseconds}; all but the name may be None."""
+    """Return the layers of rows {name, kind, kernel, milliseconds}; all but the name may be None."""
     return [Layer(row["name"] or "", row["kind"] or "", str(row["kernel"] or ""), "",
                   None if row["milliseconds"] is None else row["milliseconds"] / 1000) for row in rows]
 
 
 def by_kernel(layers: Iterable[Layer]) -> list[dict[str, Any]]:
-    """Layers of one type, kernel and precision together: how many, and their seconds; most time or layers first."""
+    """Return a row for each type, kernel and precision: how many layers, and their seconds; most time or layers first.
+    """
     groups: dict[tuple[str, str, str], list[Layer]] = {}
     for layer in layers:
         groups.setdefault((layer.type, layer.kernel, layer.precision), []).append(layer)
@@ -25,11 +26,11 @@ def by_kernel(layers: Iterable[Layer]) -> list[dict[str, Any]]:
 
 
 def slowest(layers: Iterable[Layer], count: int) -> list[Layer]:
-    """The `count` layers that take most of a call."""
+    """Return the `count` layers that take most of a call."""
     return sorted(layers, key=lambda layer: -(layer.seconds or 0))[:count]
 
 
 def total(layers: Sequence[Layer]) -> float | None:
-    """Seconds of all that were measured, None where none was."""
+    """Return the seconds of all layers that were measured, None where none was."""
     measured = [layer.seconds for layer in layers if layer.seconds is not None]
     return sum(measured) if measured else None

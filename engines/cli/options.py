@@ -1,4 +1,4 @@
-"""Types of command-line options that several commands have."""
+"""Types of options that several command lines have."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 
 
 def picture_size(text: str) -> tuple[int, int]:
-    """HxW to (height, width), in pixels. Raises ArgumentTypeError."""
-    if not (found := re.fullmatch(r"(\d+)x(\d+)", text.lower())):
+    """Return (height, width) in pixels of HxW. Raises ArgumentTypeError."""
+    if not (match := re.fullmatch(r"(\d+)x(\d+)", text.lower())):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH in pixels, such as 512x768")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def setting(text: str) -> tuple[str, str]:
-    """NAME=VALUE to (name, value). Raises ArgumentTypeError."""
+    """Return (name, value) of NAME=VALUE. Raises ArgumentTypeError."""
     name, separator, value = text.partition("=")
     if not (name and separator):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE")
@@ -22,7 +22,7 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1. Raises ArgumentTypeError."""
+    """Return a whole number of at least 1. Raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
     return int(text)

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from engines.backend import Backend, Engine, Target
-from engines.check.verify import TOLERANCE
+from engines.check.tolerance import TOLERANCE
 from engines.inductor import nodes as onnx_nodes
 from engines.inductor.options import Options, check_fp8
 from engines.machine.buffers import check_array, check_names, device_address
@@ -43,7 +43,7 @@ from engines.machine.vendor import errors, importing
 from engines.onnx.initializers import convert, values
 from engines.onnx.low_rank import Weight
 from engines.spec import EngineConfig, EngineError, TensorSpec
-from kernels.cpu import native
+from kernels.cpu import library
 
 PIP = "pip install torch onnx-ir"
 PACKAGE, RECORD, CONSTANTS = "package.pt2", "inductor.json", "constants.npz"
@@ -79,7 +79,7 @@ class Inductor(Backend):
             return found
         if (number := _gpu(config)) is None:
             own = set(Options.read(config).kernels.values()) - {"torch"}
-            return {**found, **describe(), **({"kernels": native.fingerprint()} if own else {})}
+            return {**found, **describe(), **({"kernels": library.fingerprint()} if own else {})}
         return {**found, **dataclasses.asdict(gpus()[number])}  # a version of PyTorch has one of Triton
 
     def build(self, target: Target, directory: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engines.spec import EngineConfig, EngineError
-from kernels.cpu import native
+from kernels.cpu import library
 
 KERNELS = ("attention", "group_norm", "layer_norm", "geglu")
 """Kinds of sites that our kernels can do: in Triton, on a GPU."""
@@ -33,7 +33,7 @@ class Options:
         """Raises EngineError for a name or a value that is not one of these."""
         on_gpu = config.device.startswith("cuda")
         flags = {"fuse": True, "max_autotune": on_gpu}
-        missing = None if on_gpu else native.available()
+        missing = None if on_gpu else library.available()
         ours = KERNELS if on_gpu else () if missing else NATIVE
         kernels = {kind: "auto" if kind in ours else "torch" for kind in KERNELS}
         fp8, least = False, LEAST

@@ -73,7 +73,7 @@ def _our_group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, g
 
 def _native_group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float,
                        silu: bool) -> torch.Tensor:
-    return torch.ops.latentrt.native_group_norm(_dense(x), weight, bias, groups, eps, silu)
+    return torch.ops.latentrt.cpu_group_norm(_dense(x), weight, bias, groups, eps, silu)
 
 
 def _torch_group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float,
@@ -145,7 +145,7 @@ def _our_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
 def _native_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
                       causal: bool) -> torch.Tensor:
     rows = (_rows(x.transpose(1, 2)) for x in (q, k, v))
-    return torch.ops.latentrt.native_attention(*rows, scale=scale, causal=causal).transpose(1, 2)
+    return torch.ops.latentrt.cpu_attention(*rows, scale=scale, causal=causal).transpose(1, 2)
 
 
 def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, *,

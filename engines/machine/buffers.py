@@ -1,4 +1,4 @@
-"""What backends check before they take the address of a caller's memory."""
+"""Checks of a caller's memory, before a backend takes its address."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from engines.spec import EngineError, TensorSpec
 
 
 def check_names(buffers: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Raises EngineError unless `buffers` has exactly the `expected` names."""
+    """Raise EngineError unless `buffers` has exactly the `expected` names."""
     expected = set(expected)
     if set(buffers) != expected:
         raise EngineError(f"bind: got buffers {sorted(buffers)}, expected exactly {sorted(expected)}")
 
 
 def check_array(spec: TensorSpec, array: Any) -> None:
-    """Raises EngineError unless `array` is a C-contiguous writeable numpy array of `spec`."""
+    """Raise EngineError unless `array` is a C-contiguous writeable numpy array of `spec`."""
     if not isinstance(array, np.ndarray):
         raise EngineError(f"bind {spec.name}: got {type(array).__name__}, expected a numpy array")
     if array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
@@ -31,14 +31,17 @@ def check_array(spec: TensorSpec, array: Any) -> None:
 
 
 def device_address(spec: TensorSpec, buffer: Any) -> int:
-    """Address of device memory: a plain number, a cuda.core Buffer, or an array with __cuda_array_interface__."""
+    """Return the address of device memory: a number, a cuda.core Buffer, or an array with __cuda_array_interface__.
+
+    Raises EngineError for memory that is too small, or an array of another shape or dtype.
+    """
     shape = tuple(int(d) for d in spec.shape)
     if isinstance(buffer, int):
         return buffer
     if array := getattr(buffer, "__cuda_array_interface__", None):
-        found = (np.dtype(array["typestr"]).name, tuple(array["shape"]))
-        if found != (spec.dtype, shape) or array.get("strides") is not None or array["data"][1]:
-            raise EngineError(f"bind {spec.name}: got {found[0]} {list(found[1])}, expected contiguous, writeable "
+        dtype, sizes = np.dtype(array["typestr"]).name, tuple(array["shape"])
+        if (dtype, sizes) != (spec.dtype, shape) or array.get("strides") is not None or array["data"][1]:
+            raise EngineError(f"bind {spec.name}: got {dtype} {list(sizes)}, expected contiguous, writeable "
                               f"{spec.dtype} {list(shape)}")
         return int(array["data"][0])
     needed = math.prod(shape) * np.dtype(spec.dtype).itemsize

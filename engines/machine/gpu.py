@@ -1,4 +1,4 @@
-"""This machine's NVIDIA GPUs, asked of the CUDA driver itself, so that no package is needed."""
+"""This machine's NVIDIA GPUs, through the CUDA driver itself, so that no package is needed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs by number; empty without a driver."""
+    """Return the GPUs by number; empty without a driver."""
     try:
         driver = _Driver()
         count = ctypes.c_int()
@@ -46,7 +46,7 @@ def select(number: int) -> None:
 
 def run(engine: Engine, number: int, feed: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray],
         again: Callable[[Callable[[], None]], object] | None = None) -> None:
-    """Run an engine of GPU `number` once on arrays of this host; writes the results into `outputs`.
+    """Run an engine of GPU `number` once on arrays of this host, and write the results into `outputs`.
 
     again: is then handed a function that runs it on the same arrays and waits, to be called as often as it likes.
     """
@@ -71,7 +71,7 @@ def run(engine: Engine, number: int, feed: Mapping[str, np.ndarray], outputs: Ma
 
 
 def seconds(number: int, enqueue: Callable[[int], None], runs: int) -> float:
-    """Time of one of `runs` that `enqueue` puts on a stream of GPU `number`, one after another, by CUDA events."""
+    """Return the time of one of `runs` that `enqueue` puts on a stream of GPU `number` in turn, by CUDA events."""
     driver = _Driver()
     _select(driver, number)
     stream, start, end, time = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
@@ -92,7 +92,7 @@ def seconds(number: int, enqueue: Callable[[int], None], runs: int) -> float:
 
 @contextlib.contextmanager
 def on_device(number: int, array: np.ndarray) -> Iterator[int]:
-    """Address of a copy of `array` in the memory of GPU `number`, freed at the end."""
+    """Yield the address of a copy of `array` in the memory of GPU `number`, freed at the end."""
     driver = _Driver()
     _select(driver, number)
     with _allocated(driver, array.nbytes) as address:
@@ -101,7 +101,7 @@ def on_device(number: int, array: np.ndarray) -> Iterator[int]:
 
 
 def read(number: int, address: int, like: np.ndarray) -> np.ndarray:
-    """An array of the shape and dtype of `like`, copied from the memory of GPU `number`."""
+    """Return an array of the shape and dtype of `like`, copied from the memory of GPU `number`."""
     driver = _Driver()
     _select(driver, number)
     array = np.empty_like(like)
@@ -110,7 +110,7 @@ def read(number: int, address: int, like: np.ndarray) -> np.ndarray:
 
 
 class Memory:
-    """Memory of GPU `number`: `handle`, its address, and `size` in bytes. Freed with the object."""
+    """A block of memory of GPU `number`, freed with the object. handle: its address. size: in bytes."""
 
     def __init__(self, number: int, size: int) -> None:
         driver = _Driver()
@@ -127,7 +127,7 @@ def _free(driver: _Driver, number: int, address: ctypes.c_uint64) -> None:
 
 
 class _Driver:
-    """libcuda, started; a call whose status is not zero raises EngineError."""
+    """The CUDA driver's library, started; a call whose status is not zero raises EngineError."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(DRIVER)

@@ -1,4 +1,4 @@
-"""What goes wrong in a vendor's package, as EngineError: its import, and what it raises."""
+"""Errors of vendors' packages as EngineError: of their import, and of calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engines.spec import EngineError
 
 @contextlib.contextmanager
 def importing(backend: str, pip: str) -> Iterator[None]:
-    """Around the import of a backend's package, which the command `pip` installs."""
+    """Turn a failing import of a vendor's package in this block into EngineError; pip: the command that installs it."""
     try:
         yield
     except ModuleNotFoundError as e:
@@ -21,7 +21,10 @@ def importing(backend: str, pip: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors(could_not: str) -> Iterator[None]:
-    """Around calls of it, which may raise anything; could_not: in words, such as "openvino could not bind"."""
+    """Turn whatever a vendor's package raises in this block into EngineError.
+
+    could_not: the failure in words, such as "openvino could not bind".
+    """
     try:
         yield
     except EngineError:

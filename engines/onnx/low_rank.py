@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.cpu import native
+from kernels.cpu import cpp, library
 
 CHUNK = 1 << 16
 """Values that are rounded at a time, in cache."""
@@ -49,9 +49,9 @@ class LowRank:
         """Write it to `out`, float32, float16, or uint16 for bfloat16, rounded once, to nearest even; returns `out`."""
         if not out.size:
             return out
-        if _native():
+        if library.available() is None:
             matrix = (len(self.up), self.down.shape[1])
-            native.low_rank(self.base.reshape(matrix), self.up, self.down, out.reshape(matrix))
+            cpp.low_rank(self.base.reshape(matrix), self.up, self.down, out.reshape(matrix))
             return out
         wide = widened(self.base)
         if len(self.down):
@@ -64,10 +64,6 @@ class LowRank:
 
 Weight = np.ndarray | LowRank
 """What an engine can be refitted with."""
-
-
-def _native() -> bool:
-    return native.available() is None
 
 
 def constant(value: np.ndarray) -> LowRank:

@@ -35,7 +35,7 @@ from engines.openvino.passes import (
     widen,
 )
 from engines.spec import EngineConfig, EngineError, TensorSpec
-from kernels.cpu import native
+from kernels.cpu import library
 
 PIP = "pip install openvino"
 PRECISION = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
@@ -67,7 +67,7 @@ class OpenVino(Backend):
     def versions(self, config: EngineConfig | None = None) -> dict[str, str]:
         """What a cached engine depends on beside files and config."""
         own = config is not None and any(_ours(config, kind) for kind in KERNELS)
-        return {"openvino": _vendor().get_version(), **({"kernels": native.fingerprint()} if own else {}), **describe()}
+        return {"openvino": _vendor().get_version(), **({"kernels": library.fingerprint()} if own else {}), **describe()}
 
     def build(self, target: Target, directory: Path) -> None:
         """Nothing is written; refuses a device or precision that this machine does not have."""
@@ -124,11 +124,11 @@ def _ours(config: EngineConfig, kind: str) -> bool:
 def _extension_missing() -> str | None:
     """None where our kernels load into this OpenVINO, else what to do."""
     try:
-        _vendor().Core().add_extension(str(native.openvino_extension()))
-    except native.NativeError as e:
+        _vendor().Core().add_extension(str(library.openvino_extension()))
+    except library.CpuKernelError as e:
         return str(e)
     except RuntimeError as e:  # built for another version of OpenVINO
-        return f"{native.EXTENSION} does not load: {e}; {native.BUILD} --no-build-isolation"
+        return f"{library.EXTENSION} does not load: {e}; {library.BUILD} --no-build-isolation"
     return None
 
 
@@ -198,7 +198,7 @@ class OpenVinoEngine(Engine):
             self._check(model)
             for kind, (op, put) in KERNELS.items():
                 if _ours(self._config, kind):
-                    core.add_extension(str(native.openvino_extension()))
+                    core.add_extension(str(library.openvino_extension()))
                     put(ov, model, _own_op(op))
             angles = cut_angles(ov, model) if self._config.dtype != "fp32" else None
             if any(_ours(self._config, kind) for kind in KERNELS):
@@ -246,7 +246,7 @@ def _own_op(name: str) -> Callable[..., Any]:
     from openvino.utils.node_factory import NodeFactory
 
     factory = NodeFactory("opset13")
-    factory.add_extension(str(native.openvino_extension()))
+    factory.add_extension(str(library.openvino_extension()))
     return lambda inputs, attributes: factory.create(name, inputs, attributes)
 
 

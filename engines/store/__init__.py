@@ -1,4 +1,4 @@
-"""The engines of a bundle: which are needed, where they are, what each depends on, building and loading them."""
+"""The engines of a bundle: which are needed, where they are, what each depends on; building and loading them."""
 
 from engines.store.places import KERNELS, engine_directories, roots, user_cache, writable_root
 from engines.store.plan import in_parts, plan, used

@@ -1,4 +1,4 @@
-"""Where the engines of a bundle are: in it, or in the user's cache where the bundle is read-only."""
+"""The places of a bundle's engines: in it, or in the user's cache where the bundle is read-only."""
 
 from __future__ import annotations
 

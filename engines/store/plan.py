@@ -1,4 +1,4 @@
-"""Which engines the runtime needs of a bundle: of which graphs, and with how many rows."""
+"""The engines that the runtime needs of a bundle: of which graphs, and with how many rows."""
 
 from __future__ import annotations
 

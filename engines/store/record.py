@@ -1,4 +1,4 @@
-"""What an engine depends on, and the record of it: `engine.json` in the engine's directory."""
+"""The key of an engine, all that it depends on, and the record of it: `engine.json` in its directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from engines.backend import BACKENDS, backend
 from engines.bundle import Bundle, Check
-from engines.check.verify import Timing
+from engines.check.compare import Timing
 from engines.spec import EngineConfig, EngineError, parse
 from engines.store import sources
 
@@ -25,7 +25,7 @@ OWN = ("component.", "source.", "versions.kernels")
 
 @dataclass(frozen=True)
 class Record:
-    """What `engine.json` says. key: all that the engine depends on, whose sha256 names the directory.
+    """The contents of `engine.json`. key: all that the engine depends on, whose sha256 names the directory.
 
     files: what the backend wrote → sha256. check: figures against the reference, None where the build skipped it.
     timing: what a call takes, measured together with the check; None where that was skipped.
@@ -54,6 +54,7 @@ class Record:
             raise EngineError(f"{file}: not a readable engine record ({e!r}); {do}") from e
 
     def write(self, directory: Path) -> None:
+        """Write `directory`/engine.json."""
         text = json.dumps({**dataclasses.asdict(self), "config": self.config.to_json()}, indent=1)
         (directory / RECORD).write_text(text + "\n", encoding="utf8")
 

@@ -1,4 +1,4 @@
-"""The kernels that the runtime launches itself on a GPU, beside the engines: BUNDLE/engines/kernels-HASH/sm_NN/.
+"""Kernels that the runtime launches itself on a GPU, in a directory beside the engines: kernels-HASH/sm_NN/.
 
 They are compiled by `python -m kernels build` in a process of its own: that needs torch and triton, and nothing that
 reads them does. HASH is of their sources, so that other sources never find them.
@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import kernels
-from engines.bundle import Bundle, hash_files
+from engines.bundle import Bundle
 from engines.spec import EngineError
-from engines.store import places
+from engines.store import places, sources
 from kernels.aot.artefact import Artefact, KernelError, arch_for
-from kernels.calls import OPS, SOURCES
+from kernels.calls import OPS
 
 NEEDED = ("step_input_fp32", "accumulate_fp32", "to_image_fp32_planes",
           *(f"guidance_step_fp32_memory{memory}" for memory in (1, 3, 7)))
@@ -36,8 +36,8 @@ def runtime_kernels(bundle: Bundle, arch: str) -> Path:
         arch = arch_for(int(arch.removeprefix("sm_")))
     except KernelError as e:
         raise EngineError(str(e)) from e
-    package = Path(kernels.__file__).parent
-    digest = hashlib.sha256(repr(sorted(hash_files(package, SOURCES).items())).encode()).hexdigest()
+    files = sources.hashes("kernels.calls", *(f"kernels.triton.{op}" for op in OPS))
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
     name = f"{places.KERNELS}{digest[:12]}"
     for root in places.roots(bundle):
         if _complete(root / name, arch):

@@ -1,4 +1,4 @@
-"""The sources that shape an engine: every file of its backend's folder, and every file of ours that they import."""
+"""Sources that shape what is built: the files of a folder or module, and every file of ours that they import."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ PACKAGES = ("engines", "kernels")
 
 
 @functools.cache
-def hashes(package: str) -> Mapping[str, str]:
-    """Return file, relative to ROOT → sha256, for all that a package such as "engines.openvino" consists of or imports.
+def hashes(*names: str) -> Mapping[str, str]:
+    """Return file, relative to ROOT → sha256, for all that folders and modules consist of or import, lazily too.
 
-    Imports in functions count. The files are read once a process.
+    names: such as "engines.openvino" and "kernels.calls". The files are read once a process.
     """
-    todo = sorted((ROOT / package.replace(".", "/")).glob("*.py"))
+    todo = [file for name in names for file in _files(ROOT / name.replace(".", "/"))]
     found: dict[Path, None] = {}
     while todo:
         if (file := todo.pop()) not in found:
             found[file] = None
             todo += _imported(file)
     return {str(file.relative_to(ROOT)): hash_file(file) for file in sorted(found)}
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
 
 
 def _imported(file: Path) -> Iterator[Path]:

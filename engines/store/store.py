@@ -13,8 +13,7 @@ from typing import Any
 from engines.backend import Engine, Target, backend
 from engines.bundle import Bundle, hash_file, hash_files
 from engines.bundle.publish import BusyError, publish
-from engines.check import refit as verify_refit
-from engines.check import verify
+from engines.check import compare, refit
 from engines.spec import EngineConfig, EngineError
 from engines.store.places import engine_directories, roots, writable_root
 from engines.store.plan import plan
@@ -119,9 +118,9 @@ def _build(bundle: Bundle, name: str, config: EngineConfig, path: Path, check: b
         bar.update()
         if missing := module.runnable(config):
             logger.warning("%s: built, not checked: %s", name, missing)
-        figures, timing = verify.check(bundle, name, config, temporary) if check and not missing else (None, None)
+        figures, timing = compare.check(bundle, name, config, temporary) if check and not missing else (None, None)
         if figures is not None and module.refits(config):
-            verify_refit.check(bundle, name, config, temporary)
+            refit.check(bundle, name, config, temporary)
         bar.update()
         written = sorted(str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file())
         files = hash_files(temporary, written)

@@ -1,4 +1,4 @@
-"""Engines in words: their shapes, and the command that makes one again."""
+"""Words for engines: their shapes, what a call takes, and the command that makes one again."""
 
 from __future__ import annotations
 
@@ -32,3 +32,11 @@ def rebuild_command(bundle: Bundle, component: str, config: EngineConfig, *, alo
     words += ["--device", config.device] if config.device != "cpu" else []
     words += [w for name, value in config.options.items() for w in ("--option", f"{name}={value}")]
     return f"build it again: {shlex.join([*words, '--rebuild'])}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, such as "12.3 ms"."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"

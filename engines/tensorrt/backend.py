@@ -30,7 +30,7 @@ import numpy as np
 import kernels
 from engines.backend import Backend, Engine, Target
 from engines.bundle import hash_files
-from engines.check.verify import TOLERANCE
+from engines.check.tolerance import TOLERANCE
 from engines.machine.buffers import check_names, device_address
 from engines.machine.gpu import Gpu, Memory, gpus, select
 from engines.machine.vendor import importing
@@ -379,7 +379,8 @@ class TensorRtEngine(Engine):
 def _kernels() -> str:
     """Hash of what our kernels are compiled from, and of the compiler's version."""
     here = Path(kernels.__file__).parent
-    names = ["aot/build.py", "aot/specialise.py", "aot/variant.py", "triton/attention.py", "triton/group_norm.py"]
+    names = ["aot/compiler.py", "aot/specialise.py", "aot/variant.py", "triton/attention.py", "triton/group_norm.py",
+             "triton/group_norm_kernels.py"]
     try:
         triton = version("triton")
     except PackageNotFoundError:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from engines.backend import Target
 from engines.bundle import Check, Component, hash_files
-from engines.check import verify
+from engines.check import compare
 from engines.spec import EngineConfig, EngineError
 from export.errors import ExportError
 from export.families.family import Model
@@ -74,7 +74,7 @@ def export_component(network: str, model: Model, dtype: str, directory: Path,
 
     Returns the components by their names: the whole network, the parts that it is cut into, and the module's extensions
     of both. Only one module's weights are in memory at a time, and PyTorch's are gone before onnxruntime reads the
-    file. Raises ExportError where a graph is further from PyTorch than `engines.check.verify.TOLERANCE`.
+    file. Raises ExportError where a graph is further from PyTorch than `engines.check.tolerance.TOLERANCE`.
     """
     on_stage(f"{network}: load")
     with _no_progress_bars():
@@ -102,7 +102,7 @@ def _truth(module: TracedModule, extensions: Sequence[Extension], dims: Mapping[
     """Draw inputs and run PyTorch on them, as it is and as each extension has it."""
     inputs = module.example(dims, SEED)
     given = {spec.name: spec.resolve(dims) for extension in extensions for spec in extension.inputs}
-    added = verify.inputs(given.values(), SEED)
+    added = compare.inputs(given.values(), SEED)
     expected = {"": _outputs(module, inputs)}
     for extension in extensions:
         with extension.eager(module.model, {n: torch.from_numpy(value) for n, value in added.items()}) as more:
@@ -187,10 +187,10 @@ def _check(parts: Sequence[Component], directory: Path, dims: Mapping[str, int],
     try:
         for part in parts:
             given = {spec.name: arrays[spec.name] for spec in part.inputs}
-            arrays |= verify.run_reference(
+            arrays |= compare.run_reference(
                 Target(directory, part.file, part, EngineConfig("onnxruntime", dims)), given)
         what = f"{', '.join(part.file for part in parts)} in {parts[0].dtype}"
-        return verify.compare(arrays, expected, parts[0].dtype, what, SEED, reference)
+        return compare.arrays(arrays, expected, parts[0].dtype, what, SEED, reference)
     except EngineError as e:
         raise ExportError(f"{e}; nothing was published") from e
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from engines.backend import Target
 from engines.bundle import Check, Component, hash_files
-from engines.check import verify
+from engines.check import compare
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from export.errors import ExportError
 from export.trace.component import REFERENCE
@@ -57,7 +57,7 @@ def trace_module(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Seque
 
     What comes back is for `build` and `load` of a backend (`engines.backend`), beside `file` and a config; it is in no
     bundle. Raises ExportError where the module cannot be traced, or the graph is further from it than
-    `engines.check.verify.TOLERANCE`; what was at `file` is then still there.
+    `engines.check.tolerance.TOLERANCE`; what was at `file` is then still there.
     """
     graph = _Module(module, inputs, outputs).eval()
     expected = {spec.name: value.numpy() for spec, value in zip(graph.outputs, graph.run(example), strict=True)}
@@ -74,9 +74,9 @@ def trace_module(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Seque
             rows="image", inputs=graph.inputs, outputs=graph.outputs, sites=count_sites(model.graph),
             check=Check("not checked", 0, 0.0, 0.0))
         try:
-            got = verify.run_reference(
+            got = compare.run_reference(
                 Target(new.parent, file.name, component, EngineConfig("onnxruntime", dims)), feed)
-            check = verify.compare(got, expected, "fp32", file.name, 0, REFERENCE)
+            check = compare.arrays(got, expected, "fp32", file.name, 0, REFERENCE)
         except EngineError as e:
             raise ExportError(str(e)) from e
         for name in written:

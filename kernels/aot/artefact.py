@@ -1,4 +1,4 @@
-"""Kernels that were built ahead of time: what the files in DIR/sm_NN say. Needs the standard library only.
+"""Kernels that were built ahead of time, as the files in DIR/sm_NN describe them. Needs the standard library only.
 
     DIR/sm_90/NAME.json                     signature, and which files belong to it
     DIR/sm_90/NAME.<hash>.cubin  .ptx       machine code, and the same as text for a driver to compile
@@ -59,7 +59,7 @@ class Artefact:
 
     @classmethod
     def read(cls, directory: Path | str, name: str, arch: str) -> Artefact:
-        """The artefact of one kernel for one architecture in the build output `directory`.
+        """Return the artefact of one kernel for one architecture in the build output `directory`.
 
         Raises KernelError where it was not built, is damaged, or is of a newer format.
         """
@@ -76,7 +76,7 @@ class Artefact:
 
     @classmethod
     def from_json(cls, data: dict[str, Any], path: Path) -> Artefact:
-        """Inverse of `to_json`, read from `path`. Raises ValueError, TypeError or KeyError."""
+        """Return the artefact that `to_json` wrote to `path`. Raises ValueError, TypeError or KeyError."""
         if data["format"] > FORMAT:
             raise ValueError(f"got format {data['format']}, this version reads up to {FORMAT}; update latentrt")
         known = {f.name for f in dataclasses.fields(cls)} - {"directory"}
@@ -87,12 +87,13 @@ class Artefact:
         return cls(**data, directory=path.parent)
 
     def to_json(self) -> dict[str, Any]:
+        """Return all but the directory, as JSON takes it."""
         data = dataclasses.asdict(self)
         del data["directory"]
         return data
 
     def code(self, kind: str) -> bytes:
-        """The bytes of the "cubin" or "ptx". Raises KernelError where they are missing or were changed."""
+        """Return the bytes of the "cubin" or "ptx". Raises KernelError where they are missing or were changed."""
         path = self.directory / self.files[kind]
         try:
             code = path.read_bytes()
@@ -107,14 +108,14 @@ class Artefact:
 
 
 def artefacts(directory: Path | str) -> Iterator[Artefact]:
-    """Every artefact below the build output `directory`, by architecture and name. Raises as `Artefact.read` does."""
+    """Yield every artefact of the build output `directory`, by architecture and name; raises as `Artefact.read`."""
     for path in sorted(Path(directory).glob("sm_*"), key=lambda p: (len(p.name), p.name)):
         for file in sorted(path.glob("*.json")):
             yield Artefact.read(directory, file.stem, path.name)
 
 
 def arch_for(capability: int) -> str:
-    """The architecture of `ARCHS` whose code a GPU of compute capability `capability` (10 × major + minor) runs.
+    """Return the architecture of `ARCHS` whose code a GPU of compute capability `capability` (90: 9.0) runs.
 
     Code for 7.x and 8.x also runs on later GPUs of the same major version; from 9.0 on, ours is for exactly one.
     Raises KernelError where there is none.

@@ -17,11 +17,14 @@ from typing import Any
 
 from kernels.aot.artefact import KernelError
 
-VERSION = 1  # of what this file makes of the same PTX
-ADDR_NO_RANDOMIZE = 0x0040000  # <linux/personality.h>
-STACK = 8 << 20  # bytes, the usual limit
+VERSION = 1
+"""Version of what this file makes of the same PTX; part of the key of all compiled code."""
+ADDR_NO_RANDOMIZE = 0x0040000
+"""A flag of <linux/personality.h>."""
+STACK = 8 << 20
+"""Bytes of stack, the usual limit."""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def fix_addresses() -> bool:
@@ -32,8 +35,8 @@ def fix_addresses() -> bool:
     libc.personality.argtypes = [ctypes.c_ulong]
     fixed: bool = libc.personality(libc.personality(0xffffffff) | ADDR_NO_RANDOMIZE) >= 0
     if not fixed:  # as in some containers
-        log.warning("got no fixed addresses from this system, expected personality(ADDR_NO_RANDOMIZE) to be allowed; "
-                    "cubins may differ in some bytes from those of another build")
+        logger.warning("got no fixed addresses from this system, expected personality(ADDR_NO_RANDOMIZE) to be "
+                       "allowed; cubins may differ in some bytes from those of another build")
     return fixed
 
 
@@ -44,9 +47,9 @@ def use(backend: Any, stages: dict[str, Any], options: Any, language: Any, capab
 
 
 def assemble(ptx: str, arch: int, *, fused: bool = True) -> bytes:
-    """The cubin of `ptx` for compute capability `arch` (89: 8.9). fused: multiply and add may become one instruction.
+    """Return the cubin of `ptx` for compute capability `arch` (89: 8.9).
 
-    Raises KernelError with what ptxas says.
+    fused: multiply and add may become one instruction. Raises KernelError with what ptxas says.
     """
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.aot import build as aot
-from kernels.aot.artefact import SCRATCH, Artefact, KernelError
+from kernels.aot import cache as entries
+from kernels.aot.artefact import ARCHS, SCRATCH, Artefact, KernelError
+from kernels.aot.compiler import compile_variant
+from kernels.aot.plan import MAX_SHARED, key, needs_triton
 from kernels.aot.variant import Launch, Variant
 
 
@@ -44,12 +46,15 @@ class Code:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, arch: int, *, scale: float | None = None,
               causal: bool = False) -> tuple[Launch, ...]:
-    """Launches of which any one computes `kernels.triton.attention`, the best first, then those that need less shared memory.
+    """Return launches of which any one computes `kernels.triton.attention`, the best first, then smaller ones.
 
-    Tensors are [batch, tokens, heads, head dim]. Pointers: q, k, v, out. Raises KernelError for what it cannot do.
+    Smaller ones need less shared memory. Tensors are [batch, tokens, heads, head dim]. Pointers: q, k, v, out. Raises
+    KernelError for what it cannot do.
     """
-    op = _load("attention")
-    _check(lambda: op._check(*map(_meta, (q, k, v)), scale, causal), q.dtype, arch)
+    with needs_triton():
+        from kernels.triton import attention as op
+
+    _check(lambda: op.check(_meta(q), _meta(k), _meta(v), scale, causal), q.dtype, arch)
     batch, n_q, heads, head_dim = q.shape
     best = op.config(batch, heads, n_q, k.shape[1], head_dim, q.dtype, arch)
     smaller = [dataclasses.replace(best, block_m=m, block_n=n, num_warps=4, num_stages=stages)
@@ -60,28 +65,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, arch: int, *, scale: float | None
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, arch: int, *, groups: int, eps: float, silu: bool,
                channels_last: bool) -> tuple[Launch, ...]:
-    """The launches that compute `kernels.triton.group_norm` one after another: one, or statistics and then the rest.
+    """Return the launches that compute `kernels.triton.group_norm` one after another: one, or statistics and the rest.
 
     x is [images, channels, …] whichever way it lies in memory. Pointers: x, weight, bias, out; or (x, parts) and
     (x, weight, bias, parts, out), parts being of `parts_shape`. Raises KernelError for what it cannot do.
     """
-    op = _load("group_norm")
-    _check(lambda: op._check(*map(_meta, (x, weight, bias)), groups), x.dtype, arch)
-    positions = 1
-    for size in x.shape[2:]:
-        positions *= size
-    launches: tuple[Launch, ...] = op.plan(x.shape[0], positions, x.shape[1], groups, eps, silu, channels_last)
-    return launches
+    with needs_triton():
+        from kernels.triton import group_norm as op
+
+    _check(lambda: op.check(_meta(x), _meta(weight), _meta(bias), groups), x.dtype, arch)
+    return op.plan(x.shape[0], math.prod(x.shape[2:]), x.shape[1], groups, eps, silu, channels_last)
 
 
 def parts_shape(x: Tensor, groups: int, statistics: Launch) -> tuple[int, ...]:
-    """Of the statistics of a split group norm, in float32."""
-    shape: tuple[int, ...] = _load("group_norm").parts_shape(x.shape[0], groups, statistics)
-    return shape
+    """Return the shape of the statistics of a split group norm, which are float32."""
+    with needs_triton():
+        from kernels.triton import group_norm as op
+
+    return op.parts_shape(x.shape[0], groups, statistics)
 
 
 def variant(op: str, launch: Launch, pointers: Mapping[str, str]) -> Variant:
-    """`launch` with everything but its pointers compiled in; pointers: name → dtype, in the kernel's order."""
+    """Return `launch` with everything but its pointers compiled in; pointers: name → dtype, in the kernel's order."""
     constants = {**launch.scalars, **launch.constants}
     facts = [launch.kernel.__name__, constants, dict(pointers), launch.num_warps, launch.num_stages]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -92,7 +97,7 @@ def variant(op: str, launch: Launch, pointers: Mapping[str, str]) -> Variant:
 
 def compile_any(op: str, launches: Sequence[Launch], inputs: Mapping[str, str], outputs: Mapping[str, str], arch: int,
                 max_shared: int | None = None, cache: Path | None = None) -> Code:
-    """The code of the first of `launches` that fits, its arguments being `inputs` and then `outputs` (name → dtype).
+    """Return the code of the first of `launches` that fits; it takes `inputs` and then `outputs` (name → dtype).
 
     max_shared: the most bytes of shared memory a launch may need, by default what a block of `arch` can have. Raises
     KernelError where none fits or the kernel takes its arguments in another order.
@@ -100,17 +105,17 @@ def compile_any(op: str, launches: Sequence[Launch], inputs: Mapping[str, str], 
     pointers = {**inputs, **outputs}
     needed = []
     for launch in launches:
-        artefact, ptx = aot.compile_site(variant(op, launch, pointers), arch, cache)
+        artefact, ptx = _compiled(variant(op, launch, pointers), arch, cache)
         needed.append(artefact.shared)
-        if artefact.files and artefact.shared <= (max_shared or aot.MAX_SHARED[arch]):
+        if artefact.files and artefact.shared <= (max_shared or MAX_SHARED[arch]):
             _check_order(artefact, inputs, outputs)
             return Code(artefact.entry, without_scratch(ptx, artefact), launch.grid, artefact.block, artefact.shared)
     raise KernelError(f"{op}: got launches of {', '.join(map(str, needed))} bytes of shared memory, expected at most "
-                      f"{max_shared or aot.MAX_SHARED[arch]} on sm_{arch}; leave this site to the engine's own kernel")
+                      f"{max_shared or MAX_SHARED[arch]} on sm_{arch}; leave this site to the engine's own kernel")
 
 
 def without_scratch(ptx: bytes, artefact: Artefact) -> bytes:
-    """The PTX of `artefact` without the scratch pointers in the parameters of its entry.
+    """Return the PTX of `artefact` without the scratch pointers in the parameters of its entry.
 
     Raises KernelError where the code reads them.
     """
@@ -125,20 +130,36 @@ def without_scratch(ptx: bytes, artefact: Artefact) -> bytes:
     return (text[:entry.start()] + ",".join(parameters[:keep]) + text[entry.end():]).encode()
 
 
+def _compiled(variant: Variant, arch: int, cache: Path | None) -> tuple[Artefact, bytes]:
+    """Compile a variant that no op lists, in this process, where the cache does not have it.
+
+    Returns its signature, and its PTX: none where it needs more shared memory than a block of `arch` has. Raises
+    KernelError where it cannot be compiled.
+    """
+    import triton
+    from triton import knobs
+
+    if arch not in ARCHS or not isinstance(variant.kernel, triton.JITFunction):
+        raise KernelError(f"{variant.name}: got sm_{arch} and {type(variant.kernel).__name__}, expected one of "
+                          f"{', '.join(map(str, ARCHS))} and a kernel that Triton compiles; unset TRITON_INTERPRET")
+    cache, digest = cache or entries.default(), key(variant, arch)
+    if entries.find(cache, digest) is None:
+        with knobs.compilation.scope():
+            knobs.compilation.disable_line_info = True
+            try:
+                entries.write(cache, digest, entries.pack(*compile_variant(variant, arch)))
+            except (RuntimeError, ValueError, triton.CompilationError) as e:  # the compiler's, or a KernelError
+                raise KernelError(f"{variant.name} for sm_{arch}: could not be compiled: {e}") from e
+    entry = entries.read(cache, digest)
+    artefact = Artefact.from_json(json.loads(entry[entries.SIGNATURE]), entries.path_of(cache, digest))
+    return artefact, entry.get("ptx", b"")
+
+
 def _check_order(artefact: Artefact, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
     expected = (*((name, f"*{dtype}") for name, dtype in (*inputs.items(), *outputs.items())), *SCRATCH)
     if artefact.arguments != expected:
         raise KernelError(f"{artefact.name}: got arguments {artefact.arguments}, expected {expected}: the inputs, then "
                           "the outputs")
-
-
-def _load(op: str) -> Any:
-    try:
-        return importlib.import_module(f"kernels.triton.{op}")
-    except ModuleNotFoundError as e:
-        if e.name not in ("torch", "triton"):
-            raise
-        raise KernelError(f"building kernels needs torch and triton ({e}); pip install torch triton") from e
 
 
 def _meta(tensor: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""What is launched and what the ahead-of-time build compiles: one Triton kernel with its block sizes fixed."""
+"""One Triton kernel with its block sizes fixed: as the ahead-of-time build compiles it, and as it is launched."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Launch:
     num_stages: int
 
     def __call__(self, *pointers: Any) -> None:
-        """Launch it on tensors, in the kernel's order, what is written last."""
+        """Launch the kernel on tensors in its order; the last is one that it writes."""
         from kernels.triton.traced import traceable
 
         traceable(self.kernel, pointers[-1])[self.grid](

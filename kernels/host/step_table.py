@@ -1,4 +1,4 @@
-"""A sampler table as `guidance_step` and `step_input` read it: float32 rows of fixed width. Needs numpy only.
+"""A sampler table, and how `guidance_step` and `step_input` read it: float32 rows of fixed width. Needs numpy only.
 
 One row, for a memory of S arrays (`width(S)` numbers):
 
@@ -24,7 +24,7 @@ MEMORIES = (1, 3, 7)
 
 
 class SamplerTable(Protocol):
-    """What is packed; `runtime.schedulers.Table` is one."""
+    """What the step reads of a sampler, one row an evaluation; `runtime.schedulers.Table`, which says more, is one."""
 
     @property
     def timesteps(self) -> np.ndarray: ...
@@ -42,15 +42,19 @@ class SamplerTable(Protocol):
     def signal(self) -> np.ndarray: ...
     @property
     def sigma(self) -> np.ndarray: ...
+    @property
+    def init_scale(self) -> float: ...
+    @property
+    def slots(self) -> int: ...
 
 
 def width(memory: int) -> int:
-    """Numbers in one row of a table for `memory` arrays of memory."""
+    """Return how many numbers one row of a table for `memory` arrays of memory has."""
     return MIX + (1 + memory) * (memory + 4)
 
 
 def fitting_memory(slots: int) -> int:
-    """The smallest of `MEMORIES` that holds `slots` arrays. Raises ValueError where none does."""
+    """Return the smallest of `MEMORIES` that holds `slots` arrays. Raises ValueError where none does."""
     for memory in MEMORIES:
         if slots <= memory:
             return memory
@@ -59,13 +63,13 @@ def fitting_memory(slots: int) -> int:
 
 
 def pack(table: SamplerTable, memory: int, rows: int = 0) -> np.ndarray:
-    """`table` as float32 [max(rows, its own), width(memory)].
+    """Return `table` as float32 [max(rows, its own), width(memory)].
 
     memory: arrays of memory of the batch; the ones that the solver does not have stay zero. rows: rows of the batch's
     device table; the ones after the last are zero and never run. Raises ValueError for a solver with more memory.
     """
     n, states = table.mix.shape[:2]
-    slots = states - 1
+    slots = table.slots
     if slots > memory:
         raise ValueError(f"sampler table: got {slots} arrays of memory, expected at most {memory}; give the batch the "
                          f"memory of its largest table, {fitting_memory(slots)} (fitting_memory)")
@@ -82,12 +86,12 @@ def pack(table: SamplerTable, memory: int, rows: int = 0) -> np.ndarray:
 
 
 def pack_times(times: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What depends on the timestep, side by side: float32 [rows, …] by input to float32 [rows, numbers]."""
+    """Return the inputs that depend on the timestep, [rows, …] each, side by side: float32 [rows, numbers]."""
     return np.concatenate([np.asarray(a, np.float32).reshape(len(a), -1) for a in times.values()], axis=1)
 
 
 def time_columns(widths: Mapping[str, int], offsets: Mapping[str, int]) -> np.ndarray:
-    """int32 [inputs, 3]: where each input begins in a row of `pack_times`, where in the arena, and its width.
+    """Return int32 [inputs, 3]: where each input begins in a row of `pack_times`, where in the arena, and its width.
 
     widths: numbers in one row of each input, in the order of `pack_times`. offsets: float32 numbers before it in the
     arena.

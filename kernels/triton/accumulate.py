@@ -22,7 +22,7 @@ BLOCK = 1024
 
 
 def reference(x: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> None:
-    """`accumulate` in plain torch."""
+    """Compute `accumulate` in plain torch."""
     out.copy_(out + x if keep.item() else x)
 
 
@@ -76,7 +76,7 @@ def _(x: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def variants() -> Iterator[Variant]:
-    """One: engines give float32."""
+    """Yield the only variant, since engines give float32."""
     yield Variant(OP, "accumulate_fp32", _accumulate,
                   signature={"x_ptr": "*fp32", "keep_ptr": "*i32", "out_ptr": "*fp32", "n": "i32"},
                   constants={"BLOCK": BLOCK}, divisible=("x_ptr", "keep_ptr", "out_ptr"), num_warps=4,

@@ -41,7 +41,7 @@ from kernels.triton.traced import open_on_gpu
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,
               causal: bool = False) -> torch.Tensor:
-    """`attention` in plain torch. 16-bit inputs are computed in fp32 and rounded once; fp64 stays fp64."""
+    """Compute `attention` in plain torch. 16-bit inputs are computed in fp32 and rounded once; fp64 stays fp64."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bnhd,bmhd->bhnm", q.to(wide), k.to(wide)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
@@ -56,7 +56,7 @@ def _attend(
     seen: tl.tensor, exists: tl.tensor, scale: tl.tensor,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """One block of keys: those that `exists` [BLOCK_N, 1] are read, those `seen` [BLOCK_M, BLOCK_N] count."""
+    """Take in one block of keys: those that `exists` [BLOCK_N, 1] are read, those `seen` [BLOCK_M, BLOCK_N] count."""
     main = tl.arange(0, MAIN)[None, :]
     s = tl.dot(q, tl.load(k_rows + main, mask=exists, other=0.0).T, input_precision=PRECISION)
     if REST:
@@ -87,7 +87,7 @@ def _attention_kernel(
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:
-    """BLOCK_M queries of one head; the grid is (blocks of queries, heads, batch). `scale` includes log2(e)."""
+    """Do BLOCK_M queries of one head; the grid is (blocks of queries, heads, batch). `scale` includes log2(e)."""
     first = tl.program_id(0) * BLOCK_M
     head, heads, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     q_ptr += tl.multiple_of(batch * stride_qb + tl.cast(head, tl.int64) * stride_qh
@@ -148,13 +148,13 @@ class Config:
     precision: str
 
     def name(self, dtype: str, head_dim: int, causal: bool) -> str:
-        """Of the `Variant` that is built for this launch."""
+        """Return the name of the `Variant` that is built for this launch."""
         return (f"attention_{dtype}_d{head_dim}_{self.block_m}x{self.block_n}_{self.precision}"
                 f"_w{self.num_warps}_s{self.num_stages}{'_causal' if causal else ''}")
 
 
 def config(batch: int, heads: int, n_q: int, n_k: int, head_dim: int, dtype: str, arch: int) -> Config:
-    """The launch for one shape on one compute capability (90 for 9.0).
+    """Return how one shape is cut on one compute capability (90: 9.0).
 
     Chosen so that the accumulators stay in registers and, up to head dim 80 in 16 bits, two blocks share a
     multiprocessor: one multiplies while the other takes exponentials.
@@ -187,7 +187,7 @@ def _constants(cfg: Config, head_dim: int, align: int, causal: bool) -> dict[str
 
 def plan(cfg: Config, shape: Sequence[int], n_k: int, strides: Sequence[Sequence[int]], scale: float | None = None,
          causal: bool = False) -> Launch:
-    """The launch of q [B, N_q, H, D] = `shape` with n_k keys, cut by `cfg`; its pointers are q, k, v and out.
+    """Return the launch of q [B, N_q, H, D] = `shape` with n_k keys, cut by `cfg`; its pointers are q, k, v and out.
 
     strides: elements from one batch entry, token and head to the next, of q, k and v.
     """
@@ -202,11 +202,11 @@ def plan(cfg: Config, shape: Sequence[int], n_k: int, strides: Sequence[Sequence
 
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float | None = None,
            causal: bool = False) -> None:
-    """Run the Triton kernel: `attention`, written into `out` [B, N_q, H, D], contiguous, of q's dtype.
+    """Run the Triton kernel, which writes `attention` into `out` [B, N_q, H, D], contiguous, of q's dtype.
 
     Raises ValueError or TypeError for what the kernel cannot do; the message says what it got and what it takes.
     """
-    _check(q, k, v, scale, causal)
+    check(q, k, v, scale, causal)
     check_output("attention", _attention_kernel, out, q, q.shape)
     batch, n_q, heads, head_dim = q.shape
     cfg = config(batch, heads, n_q, k.shape[1], head_dim, DTYPES[q.dtype], arch_of(q))
@@ -214,7 +214,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
 
 
 def variants() -> Iterator[Variant]:
-    """What the UNets, text encoders and VAEs of SD 1.5, SD 2.1, SDXL and models/shapes launch on any architecture.
+    """Yield what UNets, text encoders and VAEs of SD 1.5, SD 2.1, SDXL and models/shapes launch on any architecture.
 
     Their strides are multiples of 8 (those of models/shapes of 16), which ALIGN states.
     """
@@ -244,20 +244,20 @@ def variants() -> Iterator[Variant]:
     schema="(Tensor q, Tensor k, Tensor v, *, float? scale=None, bool causal=False) -> Tensor")
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,
               causal: bool = False) -> torch.Tensor:
-    """softmax(scale · q kᵀ) v per batch entry and head: q [B, N_q, H, D], k and v [B, N_k, H, D] → [B, N_q, H, D].
+    """Compute softmax(scale · q kᵀ) v per batch entry and head.
 
-    fp16, bf16 or fp32, all three alike; any strides whose last is 1, so that views into a fused projection
-    [B, N, 3, H, D] are read in place; D from 16 to 256, or 512. scale > 0, 1 / sqrt(D) by default. causal: query i
-    sees the keys up to i, with as many keys as queries. The result is contiguous. Raises TypeError for dtypes,
-    ValueError for the rest. On a CPU this is the reference.
+    q [B, N_q, H, D], k and v [B, N_k, H, D] → [B, N_q, H, D], contiguous. fp16, bf16 or fp32, all three alike; any
+    strides whose last is 1, so that views into a fused projection [B, N, 3, H, D] are read in place; D from 16 to 256,
+    or 512. scale > 0, 1 / sqrt(D) by default. causal: query i sees the keys up to i, with as many keys as queries.
+    Raises TypeError for dtypes, ValueError for the rest. On a CPU this is the reference.
     """
-    _check(q, k, v, scale, causal)
+    check(q, k, v, scale, causal)
     return reference(q, k, v, scale=scale, causal=causal)
 
 
 @attention.register_kernel("cuda")
 def _on_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,
-      causal: bool = False) -> torch.Tensor:
+            causal: bool = False) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(q, k, v, out, scale=scale, causal=causal)
     return out
@@ -272,7 +272,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None 
     return q.new_empty(q.shape)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool) -> None:
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(f"attention: {name}: got shape {tuple(t.shape)}, expected [batch, tokens, heads, head dim]"

@@ -1,4 +1,4 @@
-"""What every launcher checks before it hands pointers to a Triton kernel, and the words for dtypes and GPUs."""
+"""Checks of every launcher before it hands pointers to a Triton kernel, and the words for dtypes and GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OLDEST = {"fp16": 75, "bf16": 80, "fp32": 75}
 
 
 def archs_of(dtype: str) -> tuple[int, ...]:
-    """The compute capabilities that kernels are built for and that can load and multiply `dtype`."""
+    """Return the compute capabilities that kernels are built for and that can load and multiply `dtype`."""
     return tuple(arch for arch in ARCHS if arch >= OLDEST[dtype])
 
 
@@ -83,7 +83,7 @@ def check_device(op: str, like: str, device: torch.device, **tensors: torch.Tens
 
 
 def arch_of(tensor: torch.Tensor) -> int:
-    """Compute capability of the tensor's device as 10 × major + minor; 90 for a tensor that is on no GPU."""
+    """Return the compute capability of the tensor's device (90: 9.0); 90 for a tensor that is on no GPU."""
     if tensor.device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)

@@ -21,7 +21,7 @@ ROWS, WIDE, NUM_WARPS = 8, 256, 4
 
 
 def reference(x: torch.Tensor) -> torch.Tensor:
-    """`geglu` in plain torch. 16-bit inputs are computed in fp32 and rounded once; fp64 stays fp64."""
+    """Compute `geglu` in plain torch. 16-bit inputs are computed in fp32 and rounded once; fp64 stays fp64."""
     value, gate = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return (value * (gate * 0.5 * (1 + torch.erf(gate * 0.5**0.5)))).to(x.dtype)
 
@@ -30,7 +30,7 @@ def reference(x: torch.Tensor) -> torch.Tensor:
 def _geglu_kernel(
     x_ptr: tl.tensor, out_ptr: tl.tensor, rows: tl.tensor, n: tl.tensor, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ) -> None:
-    """ROWS rows and WIDE columns of the result [rows, n]; the tiles of a row follow each other."""
+    """Do ROWS rows and WIDE columns of the result [rows, n]; the tiles of a row follow each other."""
     across = tl.cdiv(n, WIDE)
     first = tl.program_id(0) // across * ROWS
     row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) % across * WIDE + tl.arange(0, WIDE)[None, :]
@@ -44,11 +44,11 @@ def _geglu_kernel(
 
 
 def launch(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Run the Triton kernel: `geglu`, written into `out` […, n], contiguous, of x's dtype.
+    """Run the Triton kernel, which writes `geglu` into `out` […, n], contiguous, of x's dtype.
 
     Raises ValueError or TypeError for what the kernel cannot do; the message says what it got and what it takes.
     """
-    _check(x)
+    check(x)
     n = x.shape[-1] // 2
     check_output("geglu", _geglu_kernel, out, x, (*x.shape[:-1], n))
     rows = out.numel() // n
@@ -57,7 +57,7 @@ def launch(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def variants() -> Iterator[Variant]:
-    """One for each dtype."""
+    """Yield one variant a dtype."""
     for dtype in OLDEST:
         yield Variant(
             op="geglu", name=f"geglu_{dtype}", kernel=_geglu_kernel,
@@ -68,11 +68,11 @@ def variants() -> Iterator[Variant]:
 
 @torch.library.custom_op("latentrt::geglu", mutates_args=(), device_types="cpu", schema="(Tensor x) -> Tensor")
 def geglu(x: torch.Tensor) -> torch.Tensor:
-    """value · gelu(gate) of x […, 2n], contiguous, value first: […, n]. fp16, bf16 or fp32.
+    """Compute value · gelu(gate) of x […, 2n], contiguous, value first: […, n]. fp16, bf16 or fp32.
 
     Raises TypeError for other dtypes, ValueError for other shapes and layouts. On a CPU this is the reference.
     """
-    _check(x)
+    check(x)
     return reference(x)
 
 
@@ -91,7 +91,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-def _check(x: torch.Tensor) -> None:
+def check(x: torch.Tensor) -> None:
     check_tensors("geglu", x=x)
     if x.dim() < 1 or x.numel() == 0 or x.shape[-1] % 2:
         raise ValueError(f"geglu: x: got shape {tuple(x.shape)}, expected at least one row of an even number of "

@@ -18,7 +18,6 @@ its counter on, so that a captured graph can be replayed for every step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -26,7 +25,6 @@ import triton.language as tl
 
 from kernels.aot.variant import Variant
 from kernels.host import step_table
-from kernels.host.step_table import MEMORIES, width
 from kernels.triton.checks import (
     DTYPES,
     archs_of,
@@ -38,6 +36,8 @@ from kernels.triton.checks import (
 )
 
 OP = "guidance_step"
+CHUNK, NUM_WARPS = 4096, 4
+"""Values that are read at once for deviations, and warps of a program: on every GPU and in every dtype."""
 
 TIMESTEP = tl.constexpr(step_table.TIMESTEP)
 INPUT_SCALE = tl.constexpr(step_table.INPUT_SCALE)
@@ -53,7 +53,7 @@ MIX = tl.constexpr(step_table.MIX)
 def reference(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor, controls: torch.Tensor,
               known: torch.Tensor, state: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor,
               progress: torch.Tensor) -> None:
-    """`guidance_step` in plain torch, in the dtype of `state`: float64 tensors give the float64 result."""
+    """Compute `guidance_step` in plain torch, in the dtype of `state`: float64 tensors give the float64 result."""
     images, states = state.shape[:2]
     first = len(noise_pred) - images
     for b in range(images):
@@ -90,7 +90,7 @@ def reference(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor
 @triton.jit
 def _include(count: tl.tensor, mean: tl.tensor, squares: tl.tensor, values: tl.tensor, size: tl.tensor,
              mask: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Mean and sum of squared deviations after `size` more values (Chan, Golub and LeVeque, 1983)."""
+    """Return mean and sum of squared deviations after `size` more values (Chan, Golub and LeVeque, 1983)."""
     mean_here = tl.sum(tl.where(mask, values, 0.0)) / size
     deviation = tl.where(mask, values - mean_here, 0.0)
     delta = mean_here - mean
@@ -101,7 +101,7 @@ def _include(count: tl.tensor, mean: tl.tensor, squares: tl.tensor, values: tl.t
 @triton.jit
 def _ratio_of_deviations(uncond_ptr: tl.tensor, cond_ptr: tl.tensor, n: tl.tensor, guidance: tl.tensor,
                          CHUNK: tl.constexpr) -> tl.tensor:
-    """Standard deviation of the whole conditional prediction over that of the guided one."""
+    """Return the standard deviation of the whole conditional prediction over that of the guided one."""
     count = 0.0
     mean_cond, squares_cond = 0.0, 0.0
     mean_guided, squares_guided = 0.0, 0.0
@@ -127,7 +127,7 @@ def _guidance_step(
     n: tl.tensor, first: tl.tensor, rows: tl.tensor, draws: tl.tensor,
     MEMORY: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:
-    """One block of one image; the grid is (blocks, images). rows: of a device table; draws: kept in `noise`."""
+    """Do one block of one image; the grid is (blocks, images). rows: of a device table; draws: kept in `noise`."""
     image = tl.program_id(1).to(tl.int64)
     progress_ptr += image * 3
     row = tl.load(progress_ptr)
@@ -195,18 +195,9 @@ def _guidance_step(
         tl.store(progress_ptr, row + 1)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Launch configuration. block: values of an image in one program; chunk: values read at once for deviations."""
-
-    block: int
-    chunk: int
-    num_warps: int
-
-
-def config(memory: int) -> Config:
-    """The configuration for `memory` arrays of memory, on every GPU and in every dtype: 2048 floats of new state."""
-    return Config(block=2048 // (1 + memory), chunk=4096, num_warps=4)
+def block(memory: int) -> int:
+    """Return how many values of an image one program does, for `memory` arrays of memory: 2048 floats of new state."""
+    return 2048 // (1 + memory)
 
 
 def launch(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor, controls: torch.Tensor,
@@ -217,20 +208,20 @@ def launch(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor, c
     check_tensors(OP, _guidance_step, state=state)
     images, states = state.shape[:2]
     n = state[0, 0].numel()
-    shape = config(states - 1)
-    _guidance_step[(triton.cdiv(n, shape.block), images)](
+    size = block(states - 1)
+    _guidance_step[(triton.cdiv(n, size), images)](
         noise_pred, noise, table, controls, known, state, sample, timestep, progress, n, len(noise_pred) - images,
-        table.shape[1], noise.shape[1], MEMORY=states - 1, BLOCK=shape.block, CHUNK=shape.chunk,
-        num_warps=shape.num_warps)
+        table.shape[1], noise.shape[1], MEMORY=states - 1, BLOCK=size, CHUNK=CHUNK, num_warps=NUM_WARPS)
 
 
 def check(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor, controls: torch.Tensor,
           known: torch.Tensor, state: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor,
           progress: torch.Tensor) -> None:
     """Raise TypeError for a wrong dtype, ValueError for a wrong shape, device or layout."""
-    if state.ndim != 5 or state.shape[1] - 1 not in MEMORIES or 0 in state.shape:
+    if state.ndim != 5 or state.shape[1] - 1 not in step_table.MEMORIES or 0 in state.shape:
         raise ValueError(f"{OP}: state: got shape {tuple(state.shape)}, expected [images, 1 + memory, C, h, w] with a "
-                         f"memory of {', '.join(map(str, MEMORIES))}; pad it (kernels.host.step_table.fitting_memory)")
+                         f"memory of {', '.join(map(str, step_table.MEMORIES))}; pad it "
+                         "(kernels.host.step_table.fitting_memory)")
     images, states, *latent = state.shape
     if noise_pred.shape not in ((images, *latent), (2 * images, *latent)):
         raise ValueError(f"{OP}: noise_pred: got shape {tuple(noise_pred.shape)}, expected {(2 * images, *latent)}, "
@@ -238,9 +229,9 @@ def check(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor, co
     if noise.shape[:1] + noise.shape[2:] != (images, *latent) or noise.shape[1] == 0:
         raise ValueError(f"{OP}: noise: got shape {tuple(noise.shape)}, expected [{images}, draws, "
                          f"{', '.join(map(str, latent))}] with at least one draw")
-    if table.ndim != 3 or table.shape[::2] != (images, width(states - 1)):
-        raise ValueError(f"{OP}: table: got shape {tuple(table.shape)}, expected [{images}, rows, {width(states - 1)}]"
-                         "; make its rows with kernels.host.step_table.pack")
+    if table.ndim != 3 or table.shape[::2] != (images, width := step_table.width(states - 1)):
+        raise ValueError(f"{OP}: table: got shape {tuple(table.shape)}, expected [{images}, rows, {width}]; make its "
+                         "rows with kernels.host.step_table.pack")
     floats = {"noise": noise, "table": table, "controls": controls, "known": known, "state": state,
               "timestep": timestep}
     check_dtype(OP, torch.float32, **floats)
@@ -262,14 +253,14 @@ def check(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor, co
 def guidance_step(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor, controls: torch.Tensor,
                   known: torch.Tensor, state: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor,
                   progress: torch.Tensor) -> None:
-    """Guidance and the next solver row of every image, in place; nothing for an image that has no row left.
+    """Do guidance and the next solver row of every image, in place; nothing for an image that has no row left.
 
     noise_pred: the denoiser's output, fp16, bf16 or fp32 [2 · images, C, h, w], negative prompts first, or [images, C,
     h, w] without guidance. noise: fp32 [images, draws, C, h, w], unit variance; the k-th draw of an image reads
     noise[:, k % draws], so it holds either the next draw or all of them. table: fp32 [images, rows, width(memory)],
-    rows of `kernels.host.step_table.pack`. controls: fp32 [images, 3], guidance (1: the prompt alone), share of rescaled
-    guidance (0: none), and 1 to blend in what is known or 0. known: fp32 [images, 3, C, h, w], the clean latents, their
-    noise, and the mask: 1 keeps them, 0 paints.
+    its rows made by `kernels.host.step_table.pack`. controls: fp32 [images, 3], guidance (1: the prompt alone), share
+    of rescaled guidance (0: none), and 1 to blend in what is known or 0. known: fp32 [images, 3, C, h, w], the clean
+    latents, their noise, and the mask: 1 keeps them, 0 paints.
 
     Updated: state, fp32 [images, 1 + memory, C, h, w], the sample and the solver's memory (1, 3 or 7 arrays). sample,
     like noise_pred, and timestep, fp32 [rows of noise_pred]: the next input of the denoiser, unless there is none.
@@ -291,15 +282,14 @@ def _(noise_pred: torch.Tensor, noise: torch.Tensor, table: torch.Tensor, contro
 
 
 def variants() -> Iterator[Variant]:
-    """Every dtype of the denoiser × every size of memory; latents of any size."""
+    """Yield every dtype of the denoiser × every size of memory; latents of any size."""
     pointers = ("noise_pred_ptr", "noise_ptr", "table_ptr", "controls_ptr", "known_ptr", "state_ptr", "sample_ptr",
                 "timestep_ptr", "progress_ptr")
     for dtype in DTYPES.values():
-        for memory in MEMORIES:
-            shape = config(memory)
+        for memory in step_table.MEMORIES:
             types = dict.fromkeys(pointers, "*fp32") | {"progress_ptr": "*i32"}
             types |= dict.fromkeys(("noise_pred_ptr", "sample_ptr"), f"*{dtype}")
             yield Variant(OP, f"guidance_step_{dtype}_memory{memory}", _guidance_step,
                           signature=types | dict.fromkeys(("n", "first", "rows", "draws"), "i32"),
-                          constants={"MEMORY": memory, "BLOCK": shape.block, "CHUNK": shape.chunk}, divisible=pointers,
-                          num_warps=shape.num_warps, archs=archs_of(dtype))
+                          constants={"MEMORY": memory, "BLOCK": block(memory), "CHUNK": CHUNK}, divisible=pointers,
+                          num_warps=NUM_WARPS, archs=archs_of(dtype))

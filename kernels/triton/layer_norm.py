@@ -32,7 +32,7 @@ LONGEST = 16384
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """`layer_norm` in plain torch. 16-bit inputs are computed in fp32 and rounded once; fp64 stays fp64."""
+    """Compute `layer_norm` in plain torch. 16-bit inputs are computed in fp32 and rounded once; fp64 stays fp64."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
     return ((wide - mean) * torch.rsqrt(var + eps) * weight.to(wide.dtype) + bias.to(wide.dtype)).to(x.dtype)
@@ -43,7 +43,7 @@ def _layer_norm_kernel(
     x_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, out_ptr: tl.tensor, rows: tl.tensor, n: tl.tensor,
     eps: tl.tensor, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ) -> None:
-    """ROWS rows of n ≤ WIDE values."""
+    """Normalise ROWS rows of n ≤ WIDE values."""
     first = tl.program_id(0) * ROWS
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)
     in_row = column < n
@@ -68,22 +68,22 @@ class Config:
     num_warps: int
 
     def name(self, dtype: str) -> str:
-        """Of the `Variant` that is built for this launch."""
+        """Return the name of the `Variant` that is built for this launch."""
         return f"layer_norm_{dtype}_{self.rows}x{self.wide}"
 
 
 def config(n: int) -> Config:
-    """The launch for rows of n values: 16 values a thread, tiles of at least 2048."""
+    """Return the launch for rows of n values: 16 values a thread, tiles of at least 2048."""
     wide = max(16, triton.next_power_of_2(n))
     return Config(max(1, 2048 // wide), wide, min(16, max(4, wide // 512)))
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor, eps: float) -> None:
-    """Run the Triton kernel: `layer_norm`, written into `out`, contiguous, of x's shape and dtype.
+    """Run the Triton kernel, which writes `layer_norm` into `out`, contiguous, of x's shape and dtype.
 
     Raises ValueError or TypeError for what the kernel cannot do; the message says what it got and what it takes.
     """
-    _check(x, weight, bias)
+    check(x, weight, bias)
     check_output("layer_norm", _layer_norm_kernel, out, x, x.shape)
     n = x.shape[-1]
     rows, cfg = x.numel() // n, config(n)
@@ -92,7 +92,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch
 
 
 def variants() -> Iterator[Variant]:
-    """One for every power of two that holds rows of the shipped models; weight and bias have x's dtype."""
+    """Yield a variant for every power of two that holds rows of the shipped models; weight and bias have x's dtype."""
     for dtype, wide in itertools.product(OLDEST, dict.fromkeys(config(n).wide for n in WIDTHS)):
         cfg, pointers = config(wide), ("x_ptr", "weight_ptr", "bias_ptr", "out_ptr")
         yield Variant(
@@ -105,12 +105,12 @@ def variants() -> Iterator[Variant]:
 @torch.library.custom_op("latentrt::layer_norm", mutates_args=(), device_types="cpu",
                          schema="(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor")
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """Layer norm of x […, n] over its last dim, contiguous, n ≤ 16384; weight and bias [n].
+    """Compute the layer norm of x […, n] over its last dim, contiguous, n ≤ 16384; weight and bias [n].
 
     x is fp16, bf16 or fp32; weight and bias have its dtype or are fp32. Raises TypeError for dtypes, ValueError for the
     rest. On a CPU this is the reference.
     """
-    _check(x, weight, bias)
+    check(x, weight, bias)
     return reference(x, weight, bias, eps)
 
 
@@ -129,7 +129,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> 
     return torch.empty_like(x)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
     check_tensors("layer_norm", x=x, weight=weight, bias=bias)
     if x.numel() == 0 or x.dim() < 1 or x.shape[-1] > LONGEST:
         raise ValueError(f"layer_norm: x: got shape {tuple(x.shape)}, expected at least one row, of 1 to {LONGEST} "

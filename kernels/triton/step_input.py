@@ -39,7 +39,7 @@ INPUT_SCALE = tl.constexpr(step_table.INPUT_SCALE)
 
 def reference(state: torch.Tensor, table: torch.Tensor, progress: torch.Tensor, times: torch.Tensor,
               columns: torch.Tensor, sample: torch.Tensor, arena: torch.Tensor) -> None:
-    """`step_input` in plain torch."""
+    """Compute `step_input` in plain torch."""
     images = len(state)
     first = len(sample) - images
     for b in range(images):
@@ -58,7 +58,7 @@ def _step_input(
     sample_ptr: tl.tensor, arena_ptr: tl.tensor, n: tl.tensor, states: tl.tensor, first: tl.tensor, rows: tl.tensor,
     width: tl.tensor, total: tl.tensor, BLOCK: tl.constexpr,
 ) -> None:
-    """One block of one input of one image; the grid is (blocks, images, 1 + inputs), the sample first.
+    """Do one block of one input of one image; the grid is (blocks, images, 1 + inputs), the sample first.
 
     rows, width: of a device table; total: numbers in one row of `times`.
     """
@@ -130,12 +130,12 @@ def check(state: torch.Tensor, table: torch.Tensor, progress: torch.Tensor, time
 @torch.library.custom_op("latentrt::step_input", mutates_args=("sample", "arena"), device_types="cpu")
 def step_input(state: torch.Tensor, table: torch.Tensor, progress: torch.Tensor, times: torch.Tensor,
                columns: torch.Tensor, sample: torch.Tensor, arena: torch.Tensor) -> None:
-    """The denoiser's next input for every image, in place; nothing for an image that has no row left.
+    """Write the denoiser's next input of every image, in place; nothing for an image that has no row left.
 
-    state: fp32 [images, 1 + memory, C, h, w]. table: fp32 [images, rows, width], rows of `kernels.host.step_table.pack`.
-    progress: int32 [images, 3], the next row, rows in all, and 0. times: fp32 [images, rows, numbers], rows of
-    `kernels.host.step_table.pack_times`. columns: int32 [inputs, 3], where an input begins in a row of `times`, where in
-    `arena`, and how many numbers a row of it has.
+    state: fp32 [images, 1 + memory, C, h, w]. table: fp32 [images, rows, width], its rows made by
+    `kernels.host.step_table.pack`. progress: int32 [images, 3], the next row, rows in all, and 0. times: fp32 [images,
+    rows, numbers], made by `kernels.host.step_table.pack_times`. columns: int32 [inputs, 3], where an input begins in a
+    row of `times`, where in `arena`, and how many numbers a row of it has.
 
     Updated: sample, fp16, bf16 or fp32 [2 · images, C, h, w], negative prompts first, or [images, C, h, w] without
     guidance. arena: fp32 [numbers], memory that the inputs lie in, each as [len(sample), numbers].
@@ -156,7 +156,7 @@ def _(state: torch.Tensor, table: torch.Tensor, progress: torch.Tensor, times: t
 
 
 def variants() -> Iterator[Variant]:
-    """Every dtype of the denoiser; latents of any size, any inputs."""
+    """Yield every dtype of the denoiser; latents of any size, any inputs."""
     pointers = ("state_ptr", "table_ptr", "progress_ptr", "times_ptr", "columns_ptr", "sample_ptr", "arena_ptr")
     for dtype in DTYPES.values():
         types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("progress_ptr", "columns_ptr"), "*i32")

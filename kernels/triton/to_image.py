@@ -23,7 +23,7 @@ OP = "to_image"
 
 
 def reference(x: torch.Tensor) -> torch.Tensor:
-    """`to_image` in plain torch, in fp32 (fp64 stays fp64)."""
+    """Compute `to_image` in plain torch, in fp32 (fp64 stays fp64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     unit = (x.to(wide) * 0.5 + 0.5).clamp(0, 1).nan_to_num(0)
     return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -31,7 +31,7 @@ def reference(x: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _to_byte(x: tl.tensor) -> tl.tensor:
-    """One value of a picture as int32; what is not a number becomes 0.
+    """Return one value of a picture as int32; what is not a number becomes 0.
 
     Only compared, never subtracted: a compiler may fuse a product with the difference that follows and round less.
     """
@@ -46,7 +46,7 @@ def _to_byte(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _planes(x_ptr: tl.tensor, out_ptr: tl.tensor, pixels: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """Channels first; out_ptr: the picture as 32-bit words."""
+    """Convert channels-first memory. out_ptr: the picture as 32-bit words."""
     groups = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     offsets = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
     mask = offsets < pixels
@@ -72,7 +72,7 @@ def _planes(x_ptr: tl.tensor, out_ptr: tl.tensor, pixels: tl.tensor, BLOCK: tl.c
 
 @triton.jit
 def _interleaved(x_ptr: tl.tensor, out_ptr: tl.tensor, values: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """Channels last."""
+    """Convert channels-last memory."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < values
     byte = _to_byte(tl.load(x_ptr + offsets, mask=mask, other=0.0))
@@ -88,7 +88,7 @@ class Config:
 
 
 def config(channels_last: bool) -> Config:
-    """The configuration for a layout, at every size, on every GPU and in every dtype: at most 16 values a thread."""
+    """Return the configuration for a layout, for all sizes, GPUs and dtypes: at most 16 values a thread."""
     return Config(block=2048, num_warps=4) if channels_last else Config(block=128, num_warps=4)
 
 
@@ -111,7 +111,7 @@ def launch(x: torch.Tensor) -> torch.Tensor:
 
 
 def check(x: torch.Tensor) -> bool:
-    """Whether the channels are last. Raises TypeError for a wrong dtype, ValueError for a wrong shape or layout."""
+    """Return whether the channels are last. Raises TypeError for a wrong dtype, ValueError for a shape or layout."""
     if x.dtype not in DTYPES:
         raise TypeError(f"{OP}: x: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}; "
                         "convert it with .to(torch.float32)")
@@ -130,7 +130,7 @@ def check(x: torch.Tensor) -> bool:
 
 @torch.library.custom_op("latentrt::to_image", mutates_args=(), device_types="cpu")
 def to_image(x: torch.Tensor) -> torch.Tensor:
-    """Pictures of a VAE's output.
+    """Make pictures of a VAE's output.
 
     x: fp16, bf16 or fp32 [images, 3, height, width], −1 black to 1 white, values outside are clamped; channels first
     (height · width a multiple of four) or channels last. Returns uint8 [images, height, width, 3].
@@ -150,7 +150,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 
 def variants() -> Iterator[Variant]:
-    """Every dtype of the decoder × both layouts; pictures of any size whose pixels are a multiple of 16."""
+    """Yield every dtype of the decoder × both layouts; pictures of any size whose pixels are a multiple of 16."""
     for dtype in DTYPES.values():
         for kernel, layout, size, out in ((_planes, "planes", "pixels", "*i32"),
                                           (_interleaved, "interleaved", "values", "*u8")):

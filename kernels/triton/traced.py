@@ -1,4 +1,4 @@
-"""How a compiler sees our operators: torch.export as one node, what compiles its program as the Triton kernels inside.
+"""How compilers see our operators: torch.export as one node, and whoever compiles its program as the Triton kernels.
 
 So a package that AOTInductor writes holds the kernels compiled, and needs neither Triton nor Python to launch them.
 """
@@ -13,7 +13,7 @@ import triton
 
 
 def traceable(kernel: Any, out: torch.Tensor) -> Any:
-    """`kernel`; while a graph is traced, and `out` has no memory of its own, what puts its launch into that graph."""
+    """Return `kernel`; or, where a graph is traced and `out` has no memory, what puts its launch into that graph."""
     if type(out) is torch.Tensor or not isinstance(kernel, triton.JITFunction):
         return kernel
     return torch.library.wrap_triton(kernel)

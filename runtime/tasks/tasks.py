@@ -26,10 +26,10 @@ import numpy as np
 from PIL import Image
 
 from engines.bundle import Manifest
+from kernels.host.step import initial_state
 from runtime.loop.denoise import Job
 from runtime.loop.frames import Memory
 from runtime.loop.noise import Generator
-from runtime.loop.step import initial_state
 from runtime.networks.denoiser import Inputs, UNet
 from runtime.pictures import read as pictures
 from runtime.pictures import video

@@ -12,10 +12,10 @@ import torch
 from benchmarks import cases, kernels
 from benchmarks.__main__ import main
 from benchmarks.harness import contenders
-from kernels.cpu import native
+from kernels.cpu import cpp, library
 from tests.conftest import why_no_gpu
 
-needs_native = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
+needs_cpp = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
 SMALL: dict[str, Any] = {
     "attention": cases.Attention("small", 2, 3, 35, 77, 40),
     "group_norm": cases.GroupNorm("small", 2, 12, 5, 6, 1e-5, True, groups=3),
@@ -26,7 +26,7 @@ CASE = "sd15-2x1280x8x8-silu"
 
 
 def setting(channels_last: bool = False) -> contenders.Setting:
-    isas = () if native.available() else native.isas()
+    isas = () if library.available() else library.isas()
     return contenders.Setting("cpu", compile=False, channels_last=channels_last, threads=1, isas=isas)
 
 
@@ -37,7 +37,7 @@ def timed(*arguments: str, status: int = 0) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels-first", "channels-last"])
 @pytest.mark.parametrize("op", SMALL)
-@needs_native
+@needs_cpp
 def test_everyone_computes_the_same(op: str, channels_last: bool, dtype: str) -> None:
     bench = contenders.make(op, SMALL[op], dtype, setting(channels_last))
     left_out: dict[str, str] = {}
@@ -47,7 +47,7 @@ def test_everyone_computes_the_same(op: str, channels_last: bool, dtype: str) ->
 
 
 @pytest.mark.parametrize("op", SMALL)
-@needs_native
+@needs_cpp
 def test_a_kernel_that_is_one_percent_off_is_left_out(op: str) -> None:
     bench = contenders.make(op, SMALL[op], "fp32", setting())
     for name, ours in list(bench.ours.items()):
@@ -57,7 +57,7 @@ def test_a_kernel_that_is_one_percent_off_is_left_out(op: str) -> None:
     assert set(left_out) == set(bench.ours) and all(reason.startswith("wrong: ") for reason in left_out.values())
 
 
-@needs_native
+@needs_cpp
 def test_a_peer_that_computes_something_else_is_left_out() -> None:
     bench = contenders.make("geglu", SMALL["geglu"], "fp32", setting())
     bench.peers["other"] = lambda x: -bench.peers["torch"](x)
@@ -67,11 +67,11 @@ def test_a_peer_that_computes_something_else_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("broken", [lambda right: right * 1.1, lambda right: 1 / 0], ids=["wrong", "raises"])
-@needs_native
+@needs_cpp
 def test_a_broken_kernel_is_not_timed(broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                       capsys: pytest.CaptureFixture[str]) -> None:
-    right = native.group_norm
-    monkeypatch.setattr(native, "group_norm", lambda *args, **options: broken(right(*args, **options)))
+    right = cpp.group_norm
+    monkeypatch.setattr(cpp, "group_norm", lambda *args, **options: broken(right(*args, **options)))
     file = tmp_path / "kernels.json"
     timed("--op", "group_norm", "--case", CASE, "--dtype", "fp32", "--json", str(file), status=1)
     (result,) = json.loads(file.read_text())["results"]
@@ -79,7 +79,7 @@ def test_a_broken_kernel_is_not_timed(broken: Any, tmp_path: Path, monkeypatch: 
     assert "left out: group_norm fp32 latentrt" in capsys.readouterr().err
 
 
-@needs_native
+@needs_cpp
 def test_figures_follow_from_the_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "kernels.json"
     timed("--case", CASE, "2x8x64x77", "--op", "attention", "group_norm", "geglu", "--dtype", "fp32", "--isa", "avx2",
@@ -109,7 +109,7 @@ def test_figures_follow_from_the_times(tmp_path: Path, capsys: pytest.CaptureFix
     (("--op", "geglu"), "got nothing to time"),
     (("--torch-isa", "avx2"), "--torch-isa: got torch loaded already"),
 ], ids=["dtype", "case", "op", "torch-isa"])
-@needs_native
+@needs_cpp
 def test_what_cannot_be_timed_is_refused(arguments: tuple[str, ...], message: str,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     timed(*arguments, status=2)

@@ -15,9 +15,8 @@ import torch
 from kernels.aot.artefact import KernelError
 from kernels.calls import call
 from kernels.triton import accumulate, guidance_step, step_input, to_image
-from tests.kernels.triton import test_guidance_step as stepping
-from tests.kernels.triton import test_step_input as assembling
 from tests.tools.kernel_cases import DEVICE, random
+from tests.tools.step_cases import check_guidance, copied, guidance_arguments, input_arguments
 
 
 def run(op: str, kernel: Any, constants: dict[str, int], tensors: dict[str, torch.Tensor]) -> None:
@@ -33,18 +32,17 @@ def run(op: str, kernel: Any, constants: dict[str, int], tensors: dict[str, torc
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
 @pytest.mark.parametrize("memory", [1, 7])
 def test_guidance_step(memory: int, guided: bool) -> None:
-    arguments = stepping.random_arguments(memory=memory, latent=(4, 36, 32), guided=guided, dtype="fp16")
-    got = stepping.copied(arguments)
-    shape = guidance_step.config(memory)
+    arguments = guidance_arguments(memory=memory, latent=(4, 36, 32), guided=guided, dtype="fp16")
+    got = copied(arguments)
     run("guidance_step", guidance_step._guidance_step,
-        {"MEMORY": memory, "BLOCK": shape.block, "CHUNK": shape.chunk}, got)
-    stepping.check_against_reference(arguments, got)
+        {"MEMORY": memory, "BLOCK": guidance_step.block(memory), "CHUNK": guidance_step.CHUNK}, got)
+    check_guidance(arguments, got)
 
 
 @pytest.mark.parametrize("widths", [(1,), (1, 3000)], ids=["narrow", "wider than the latents"])
 def test_step_input(widths: tuple[int, ...]) -> None:
-    got = assembling.random_arguments(latent=(4, 16, 20), widths=widths)
-    truth = assembling.copied(got)
+    got = input_arguments(latent=(4, 16, 20), widths=widths)
+    truth = copied(got)
     run("step_input", step_input._step_input, {"BLOCK": step_input.BLOCK}, got)
     step_input.reference(**truth)
     for name in ("sample", "arena"):

@@ -19,6 +19,7 @@ import kernels.triton.step_input
 import kernels.triton.to_image  # noqa: F401 - registers torch.ops.latentrt, as the three above do
 from engines import Engine, TensorSpec
 from engines.onnx.low_rank import Weight
+from kernels.host.step import advance, guide, initial_state
 from runtime import Request
 from runtime.devices.bound import BoundEngine
 from runtime.devices.device import Device
@@ -26,7 +27,6 @@ from runtime.devices.host import Host
 from runtime.loop.denoise import Job
 from runtime.loop.frames import Memory
 from runtime.loop.noise import Generator
-from runtime.loop.step import advance, guide, initial_state
 from runtime.schedulers import make_table, names
 from tests.runtime.schedulers.test_schedulers import STABLE
 
@@ -207,7 +207,7 @@ def mixed() -> list[Job]:
 
 
 def expected(job: Job, steps: int | None = None) -> np.ndarray:
-    """The latents of one job after so many evaluations, one by one in numpy by `runtime/loop/step.py`; `job` is used up."""
+    """The latents of one job after so many evaluations, one by one in numpy by `kernels.host.step`; `job` is used up."""
     state = job.state.copy()
     text = job.fixed["text"][:, 1, 2]
     for i in range(job.table.rows if steps is None else steps):

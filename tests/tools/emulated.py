@@ -3,7 +3,7 @@
     python -m tests.tools.emulated DRIVER KERNELS    from tests/runtime/devices/test_emulated.py, in a process whose libcuda.so.1 is DRIVER
 
 What is real: `runtime.devices.device.Cuda`, slots, graphs, `kernels.launch`, artefacts, cuda.core. What is not: the GPU, so
-nothing is asynchronous, and the kernels, whose arguments are read as the GPU would and given to `runtime.devices.host`'s ops.
+nothing is asynchronous, and the kernels, whose arguments are read as the GPU would and given to `kernels.host.ops`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 from engines import Engine, EngineError, TensorSpec
 from engines.onnx.low_rank import Weight
 from kernels.aot.artefact import artefacts
+from kernels.host import ops
 from kernels.host.step_table import width
-from runtime.devices import host
 from runtime.devices.bound import BoundEngine
 from runtime.devices.device import Cuda
 from runtime.loop.denoise import denoise
@@ -69,19 +69,19 @@ class Gpu:
         images, n, batch = grid[1], a["n"], a["first"] + grid[1]
         columns = array(a["columns_ptr"], (grid[2] - 1, 3), np.int32)
         numbers = max(int(offset + batch * width) for _, offset, width in columns)
-        host.step_input(
+        ops.step_input(
             array(a["state_ptr"], (images, a["states"], n)), array(a["table_ptr"], (images, a["rows"], a["width"])),
             array(a["progress_ptr"], (images, 3), np.int32), array(a["times_ptr"], (images, a["rows"], a["total"])),
             columns, array(a["sample_ptr"], (batch, n)), array(a["arena_ptr"], (numbers,)))
 
     def _accumulate(self, a: Mapping[str, int], grid: tuple[int, int, int]) -> None:
-        host.accumulate(array(a["x_ptr"], (a["n"],)), array(a["keep_ptr"], (1,), np.int32),
+        ops.accumulate(array(a["x_ptr"], (a["n"],)), array(a["keep_ptr"], (1,), np.int32),
                         array(a["out_ptr"], (a["n"],)))
 
     def _guidance_step(self, a: Mapping[str, int], grid: tuple[int, int, int]) -> None:
         images, n, batch, states = grid[1], a["n"], a["first"] + grid[1], 1 + self.memory
         sample, timestep = array(a["sample_ptr"], (batch, n)), array(a["timestep_ptr"], (batch,))
-        host.guidance_step(
+        ops.guidance_step(
             array(a["noise_pred_ptr"], (batch, n)), array(a["noise_ptr"], (images, a["draws"], n)),
             array(a["table_ptr"], (images, a["rows"], width(self.memory))), array(a["controls_ptr"], (images, 3)),
             array(a["known_ptr"], (images, 3, n)), array(a["state_ptr"], (images, states, n)), sample, timestep,
@@ -89,7 +89,7 @@ class Gpu:
 
     def _planes(self, a: Mapping[str, int], grid: tuple[int, int, int]) -> None:
         images, pixels = grid[1], a["pixels"]
-        host.to_image(array(a["x_ptr"], (images, 3, 1, pixels)), array(a["out_ptr"], (images, 1, pixels, 3), np.uint8))
+        ops.to_image(array(a["x_ptr"], (images, 3, 1, pixels)), array(a["out_ptr"], (images, 1, pixels, 3), np.uint8))
 
     @staticmethod
     def _checked(function: Callable[..., None]) -> Callable[..., None]:
@@ -197,7 +197,7 @@ def pictures_are_those_of_numpy(gpu: Gpu, kernels: Path) -> None:
     for seed in range(3):
         latents = np.random.default_rng(seed).standard_normal((1, 4, 16, 12)).astype(np.float32)
         picture = np.empty((1, 16, 12, 3), np.uint8)
-        host.to_image(latents[:, :3], picture)
+        ops.to_image(latents[:, :3], picture)
         assert np.array_equal(decode(latents), picture)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def graph(network: str, role: str, *inputs: TensorSpec, rows: int | str = "branc
                      inputs=inputs, outputs=(), sites={}, check=Check("nothing", 0, 0.0, 0.0), **rest)
 
 
-def of_a_family(**rest: object) -> Manifest:
+def of_a_family(**rest: Any) -> Manifest:
     return dataclasses.replace(Manifest(
         family="other", tasks=("class",), components={}, latent=LatentSpec(4, 1.0, 0.0, 4, 8), scheduler={},
         prediction_type="epsilon", default_size=(256, 256), files={}, provenance={}), **rest)

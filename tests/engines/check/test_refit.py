@@ -14,7 +14,7 @@ from onnx import numpy_helper
 import engines
 from engines import Engine, Target, store
 from engines.bundle import Bundle, Check, Component
-from engines.check import refit as verify_refit
+from engines.check import refit
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from tests.tools.small import small_bundle
 
@@ -46,14 +46,14 @@ def products(tmp_path: Path) -> Target:
 
 def test_every_weight_and_bias_is_found_and_changed(products: Target) -> None:
     file = products.onnx
-    weights = verify_refit.perturbed(file, 1)
-    assert set(weights) == NAMES and verify_refit.biases(file) == {n for n in NAMES if n.endswith("bias")}
+    weights = refit.perturbed(file, 1)
+    assert set(weights) == NAMES and refit.biases(file) == {n for n in NAMES if n.endswith("bias")}
     old = {w.name: numpy_helper.to_array(w) for w in onnx.load(file).graph.initializer}
     rms = {n: float(np.sqrt(np.mean((weights[n] - old[n]) ** 2))) for n in NAMES}
     for name in NAMES:
         assert weights[name].dtype == np.float32 and weights[name].shape == old[name].shape
         assert 0.02 < rms[name] < 0.1 if name.endswith("weight") else 0.3 < rms[name] < 4
-    assert set(verify_refit.perturbed(file, 1, ["linear.bias"])) == {"linear.bias"}
+    assert set(refit.perturbed(file, 1, ["linear.bias"])) == {"linear.bias"}
 
 
 def opened(target: Target) -> Engine:
@@ -72,34 +72,34 @@ def forgetting(engine: Engine, lost: str, monkeypatch: pytest.MonkeyPatch) -> En
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_engines_that_take_new_weights_pass(products: Target, backend: str) -> None:
     target = dataclasses.replace(products, config=EngineConfig(backend, {"batch": 3}))
-    engine, weights = opened(target), verify_refit.perturbed(target.onnx, 1)
-    figures = verify_refit.compare(engine, target, weights)
+    engine, weights = opened(target), refit.perturbed(target.onnx, 1)
+    figures = refit.against_reference(engine, target, weights)
     assert 0 <= figures.rel_rms < 1e-5 and figures.reference == "onnxruntime fp32 on cpu with the same weights"
-    assert verify_refit.ignored(engine, target.onnx, weights) == []
+    assert refit.ignored(engine, target.onnx, weights) == []
     weights = {**weights, "matrix.bias": np.zeros(OUT, np.float32)}
-    assert verify_refit.ignored(engine, target.onnx, weights) == ["matrix.bias"]  # turned round it is what it was
+    assert refit.ignored(engine, target.onnx, weights) == ["matrix.bias"]  # turned round it is what it was
 
 
 @pytest.mark.parametrize("lost", sorted(n for n in NAMES if n.endswith("bias")))
 def test_an_engine_that_loses_a_bias_does_not_pass(products: Target, lost: str,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     engine = forgetting(opened(products), lost, monkeypatch)
-    weights = verify_refit.perturbed(products.onnx, 1)
+    weights = refit.perturbed(products.onnx, 1)
     with pytest.raises(EngineError, match=r"with 6 new weights: output y differs from onnxruntime fp32"):
-        verify_refit.compare(engine, products, weights)
-    assert verify_refit.ignored(engine, products.onnx, weights) == [lost]
+        refit.against_reference(engine, products, weights)
+    assert refit.ignored(engine, products.onnx, weights) == [lost]
 
 
 def test_the_engine_in_a_directory(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "small")
     config = bundle.config("unet", backend="openvino", size=(64, 64), batch=2)
     path = store.build(bundle, "unet", config)
-    assert verify_refit.check(bundle, "unet", config, path).rel_rms < 1e-4
+    assert refit.check(bundle, "unet", config, path).rel_rms < 1e-4
     old = {"conv_in.bias": numpy_helper.to_array(next(
         w for w in onnx.load(bundle.path / "unet.onnx").graph.initializer if w.name == "conv_in.bias"))}
-    assert verify_refit.check(bundle, "unet", config, path, {"conv_in.bias": 2 * old["conv_in.bias"]}).rel_rms < 1e-4
+    assert refit.check(bundle, "unet", config, path, {"conv_in.bias": 2 * old["conv_in.bias"]}).rel_rms < 1e-4
     with pytest.raises(EngineError, match=r"got no weight to change"):
-        verify_refit.check(bundle, "unet", config, path, {})
+        refit.check(bundle, "unet", config, path, {})
 
 
 def test_a_backend_that_refits_is_checked_when_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

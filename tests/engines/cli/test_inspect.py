@@ -12,7 +12,7 @@ from engines import store
 from engines.backend import Layer
 from engines.bundle import Bundle
 from engines.cli import layers
-from kernels.cpu import native
+from kernels.cpu import library
 from tests.tools.small import small_bundle
 
 pytest.importorskip("onnxruntime")
@@ -47,8 +47,8 @@ def look(capsys, bundle, *words):
 
 def extension_is_built():
     try:
-        return bool(native.openvino_extension())
-    except native.NativeError:
+        return bool(library.openvino_extension())
+    except library.CpuKernelError:
         return False
 
 

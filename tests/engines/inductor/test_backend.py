@@ -21,14 +21,15 @@ from onnx import numpy_helper
 import engines
 from engines import store
 from engines.bundle import Bundle
-from engines.check import verify
+from engines.check import compare
+from engines.check.tolerance import TOLERANCE
 from engines.inductor import nodes as onnx_nodes
 from engines.inductor.backend import CONSTANTS, PACKAGE, RECORD
 from engines.inductor.options import KERNELS, NATIVE
 from engines.machine.buffers import resolve
 from engines.spec import EngineConfig, EngineError
-from kernels.cpu import native
-from tests.engines.store.test_store import bound, rel_rms, unet, weights
+from kernels.cpu import library
+from tests.engines.cases import bound, rel_rms, unet, weights
 from tests.tolerances import ENGINE_REL_RMS, IMAGE_MAX
 from tests.tools.small import small_bundle
 
@@ -37,7 +38,7 @@ torch = pytest.importorskip("torch")
 from engines.inductor import module as onnx_torch  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
-KERNELS_OF = {"fp32": {}, "bf16": {} if native.available() else dict.fromkeys(NATIVE, "latentrt")}
+KERNELS_OF = {"fp32": {}, "bf16": {} if library.available() else dict.fromkeys(NATIVE, "latentrt")}
 """Options of the small UNet in each dtype: in fp32 both kernels are timed, in bf16 the C++ ones are asked for."""
 module = engines.backend("inductor")
 COMPONENTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -100,8 +101,8 @@ def test_every_graph_in_torch_equals_the_reference(bundles, model, component, dt
     """With our operators too, which on a CPU are their references: they are given what the sites mean."""
     bundle = Bundle.open(bundles[model])
     own = config(bundle, component)
-    feed = verify.inputs(resolve(bundle.component(component).inputs, own).values(), 4)
-    expected = verify.reference(bundle, component, own, feed)
+    feed = compare.inputs(resolve(bundle.component(component).inputs, own).values(), 4)
+    expected = compare.reference(bundle, component, own, feed)
     made = torch_module(bundle, component, dtype, kernels)
     with torch.no_grad():
         got = made(*(torch.from_numpy(feed[name]) for name in made.graph.inputs))
@@ -122,9 +123,9 @@ def test_the_pooled_text_of_xl_is_that_of_its_end(bundles):
     """Which is picked by its id, with operators that no other graph has."""
     bundle = Bundle.open(bundles["sdxl"])
     own = config(bundle, "text_encoder_2")
-    feed = verify.inputs(resolve(bundle.component("text_encoder_2").inputs, own).values(), 4)
+    feed = compare.inputs(resolve(bundle.component("text_encoder_2").inputs, own).values(), 4)
     feed["input_ids"][:, 9:], feed["placed"][:] = 527, -1
-    expected = verify.reference(bundle, "text_encoder_2", own, feed)
+    expected = compare.reference(bundle, "text_encoder_2", own, feed)
     made = torch_module(bundle, "text_encoder_2", "fp32")
     with torch.no_grad():
         got = made(*(torch.from_numpy(feed[name]) for name in made.graph.inputs))
@@ -166,7 +167,7 @@ def test_what_a_build_leaves(small):
     found = module.details(path)
     assert {kind: sum(sites.values()) for kind, sites in found["sites"].items()} == {
         "attention": 1, "group_norm": 1, "layer_norm": 1}
-    timed = {} if native.available() else dict.fromkeys(NATIVE, "auto")
+    timed = {} if library.available() else dict.fromkeys(NATIVE, "auto")
     assert {kind: one["asked"] for kind, one in found["kernels"].items()} == dict.fromkeys(
         found["sites"], "torch") | timed
     assert {row["kind"] for row in found["timings"]} == set(timed) and not found["failed"]
@@ -176,7 +177,7 @@ def test_what_a_build_leaves(small):
         assert found["kernels"][row["kind"]]["used"] == row["used"]
 
 
-@pytest.mark.skipif(bool(native.available()) or "bf16" not in module.dtypes(), reason="needs the C++ kernels and bf16")
+@pytest.mark.skipif(bool(library.available()) or "bf16" not in module.dtypes(), reason="needs the C++ kernels and bf16")
 def test_the_kernels_that_are_asked_for_are_used(small):
     found = module.details(store.find(small, "unet", config(small, dtype="bf16", options=KERNELS_OF["bf16"])))
     assert found["sites"] == {"attention": {"latentrt": 1}, "group_norm": {"latentrt": 1}, "layer_norm": {"torch": 1}}
@@ -245,24 +246,24 @@ def test_a_part_of_a_fused_weight_is_refitted(text):
     own = config(text, "text_encoder")
     engine = store.load(text, "text_encoder", own)
     reference = store.load(text, "text_encoder", dataclasses.replace(own, backend="onnxruntime"))
-    feed = verify.inputs(engine.inputs.values(), 5)
-    before = verify.run(engine, feed)["hidden_states"]
-    assert rel_rms(before, verify.run(reference, feed)["hidden_states"]) < ENGINE_REL_RMS["fp32"]
+    feed = compare.inputs(engine.inputs.values(), 5)
+    before = compare.run(engine, feed)["hidden_states"]
+    assert rel_rms(before, compare.run(reference, feed)["hidden_states"]) < ENGINE_REL_RMS["fp32"]
     rng = np.random.default_rng(0)
     layer = "encoder.layers.1.self_attn"
     changed = {f"{layer}.k_proj.weight": rng.standard_normal((32, 32)).astype(np.float32),
                f"{layer}.v_proj.bias": rng.standard_normal(32).astype(np.float32)}
     for each in (engine, reference):
         each.refit(changed)
-    expected = verify.run(reference, feed)["hidden_states"]
+    expected = compare.run(reference, feed)["hidden_states"]
     assert rel_rms(before, expected) > 1e-2
-    assert rel_rms(verify.run(engine, feed)["hidden_states"], expected) < ENGINE_REL_RMS["fp32"]
+    assert rel_rms(compare.run(engine, feed)["hidden_states"], expected) < ENGINE_REL_RMS["fp32"]
 
 
 def test_a_fresh_process_opens_it_without_a_compiler(small):
     """And says what is missing where it is asked to build."""
     engine = store.load(small, "unet", config(small))
-    expected = verify.run(engine, verify.inputs(engine.inputs.values(), 6))["noise_pred"]
+    expected = compare.run(engine, compare.inputs(engine.inputs.values(), 6))["noise_pred"]
     code = textwrap.dedent(f"""
         import sys
         import engines
@@ -270,7 +271,7 @@ def test_a_fresh_process_opens_it_without_a_compiler(small):
         bundle = engines.Bundle.open({str(small.path)!r})
         own = bundle.config("unet", backend="inductor", size=(64, 64), batch=2)
         engine = store.load(bundle, "unet", own)
-        out = verify.run(engine, verify.inputs(engine.inputs.values(), 6))["noise_pred"]
+        out = compare.run(engine, compare.inputs(engine.inputs.values(), 6))["noise_pred"]
         sys.stdout.buffer.write(out.tobytes())
         heavy = {{"onnx", "onnx_ir", "onnxscript", "diffusers", "transformers", "triton"}} & set(sys.modules)
         assert not heavy - {{"triton"}}, heavy
@@ -484,7 +485,7 @@ def test_a_pipeline_draws_the_reference_picture(bundles, tmp_path):
     for backend in ("onnxruntime", "inductor"):
         engine = store.load(bundle, "unet_body", dataclasses.replace(own, backend=backend))
         engine.refit(changed)
-        outputs.append(verify.run(engine, verify.inputs(engine.inputs.values(), 1))["noise_pred"])
+        outputs.append(compare.run(engine, compare.inputs(engine.inputs.values(), 1))["noise_pred"])
     assert rel_rms(outputs[1], outputs[0]) < ENGINE_REL_RMS["fp32"]
     assert set(store.engine_directories(bundle)) == built
 
@@ -495,7 +496,7 @@ def test_equals_the_reference_on_a_gpu(tmp_path, dtype):
     bundle = small_bundle(tmp_path / "small")
     own = config(bundle, device="cuda:0", dtype=dtype, options={"max_autotune": "false"})
     check = store.Record.read(store.build(bundle, "unet", own), "").check
-    assert check is not None and 0 < check.rel_rms < verify.TOLERANCE[dtype]
+    assert check is not None and 0 < check.rel_rms < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
@@ -510,7 +511,7 @@ def test_a_captured_run_sees_new_inputs_and_new_weights(tmp_path):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         engine.enqueue(torch.cuda.current_stream().cuda_stream)
-    feed = verify.inputs(engine.inputs.values(), 3)
+    feed = compare.inputs(engine.inputs.values(), 3)
     other = torch.full((2**22,), float("nan"), device="cuda:0")  # what else is allocated is not the graph's memory
     for name, value in feed.items():
         buffers[name].copy_(torch.from_numpy(value))
@@ -529,7 +530,7 @@ def test_a_captured_run_sees_new_inputs_and_new_weights(tmp_path):
 def test_versions_name_the_device():
     """And the C++ kernels, where an engine may hold calls of them."""
     named = {"inductor", "cpu", "arch", "isa"}
-    assert set(module.versions(EngineConfig("inductor"))) == named | (set() if native.available() else {"kernels"})
+    assert set(module.versions(EngineConfig("inductor"))) == named | (set() if library.available() else {"kernels"})
     own = EngineConfig("inductor", options=dict.fromkeys(NATIVE, "torch"))
     assert set(module.versions(own)) == named
     assert module.versions()["inductor"].startswith(torch.__version__.partition("+")[0])

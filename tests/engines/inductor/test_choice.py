@@ -2,8 +2,8 @@
 
 import pytest
 
-from kernels.cpu import native
-from tests.engines.store.test_store import rel_rms
+from kernels.cpu import library
+from tests.engines.cases import rel_rms
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -15,7 +15,7 @@ from engines.inductor import choice as inductor_choice  # noqa: E402
 from engines.inductor.sites import Both, Site  # noqa: E402
 
 SITE = Site("group_norm", ((2, 8, 4, 4), (8,)), (("silu", True),))
-needs_native = pytest.mark.skipif(bool(native.available()), reason=f"needs the C++ kernels: {native.available()}")
+needs_cpp = pytest.mark.skipif(bool(library.available()), reason=f"needs the C++ kernels: {library.available()}")
 
 
 def theirs(x, weight, silu):
@@ -85,27 +85,27 @@ def test_every_shape_of_a_kind_of_site_is_compiled():
         assert torch.equal(got, x * 3)
 
 
-@needs_native
+@needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("causal", [False, True], ids=["whole", "causal"])
-def test_native_attention_is_the_operator_s(dtype, causal):
+def test_cpu_attention_is_the_operator_s(dtype, causal):
     qkv = torch.randn(2, 33, 3, 4, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     q, k, v = qkv.unbind(2)  # views into one projection
-    got = torch.ops.latentrt.native_attention(q, k, v, scale=0.2, causal=causal)
+    got = torch.ops.latentrt.cpu_attention(q, k, v, scale=0.2, causal=causal)
     expected = kernels.triton.attention.reference(*(x.double() for x in (q, k, v)), scale=0.2, causal=causal)
     assert got.is_contiguous() and got.dtype == dtype
     assert rel_rms(got.double().numpy(), expected.numpy()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@needs_native
+@needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
 @pytest.mark.parametrize("silu", [False, True], ids=["norm", "silu"])
-def test_native_group_norm_is_the_operator_s(dtype, memory, silu):
+def test_cpu_group_norm_is_the_operator_s(dtype, memory, silu):
     rng = torch.Generator().manual_seed(0)
     x = (3 + torch.randn(2, 32, 5, 7, generator=rng)).to(dtype).contiguous(memory_format=memory)
     weight, bias = (torch.randn(32, generator=rng).to(dtype) for _ in range(2))
-    got = torch.ops.latentrt.native_group_norm(x, weight, bias, 8, 1e-5, silu)
+    got = torch.ops.latentrt.cpu_group_norm(x, weight, bias, 8, 1e-5, silu)
     expected = kernels.triton.group_norm.reference(x.double(), weight.double(), bias.double(), 8, 1e-5, silu)
     assert got.stride() == x.stride() and got.dtype == dtype
     assert rel_rms(got.double().numpy(), expected.numpy()) < (1e-5 if dtype == torch.float32 else 1e-2)

@@ -9,13 +9,14 @@ import pytest
 import engines
 from engines import store
 from engines.bundle import Bundle
-from engines.check import verify
+from engines.check import compare
+from engines.check.tolerance import TOLERANCE
 from engines.inductor import nodes as onnx_nodes
 from engines.inductor.options import LEAST, check_fp8
 from engines.machine.buffers import resolve
 from engines.spec import EngineError
 from tests.engines.inductor.test_backend import config, quick  # noqa: F401  quick: compiles without trying instructions
-from tests.engines.store.test_store import rel_rms
+from tests.engines.cases import rel_rms
 from tests.tolerances import ENGINE_REL_RMS
 
 torch = pytest.importorskip("torch")
@@ -82,10 +83,10 @@ def test_newer_gpus_are_not(arch):
 
 def test_what_is_over_its_tolerance_is_not_published():
     truth = np.random.default_rng(0).standard_normal(1000)
-    near, far = (verify.difference(truth * (1 + 1.1 * n * ENGINE_REL_RMS["fp8"]), truth) for n in (0.9, 1))
-    verify.judge("x", near, "fp8", "engine")
+    near, far = (compare.difference(truth * (1 + 1.1 * n * ENGINE_REL_RMS["fp8"]), truth) for n in (0.9, 1))
+    compare.judge("x", near, "fp8", "engine")
     with pytest.raises(EngineError, match="expected at most 1e-01; leave --option fp8=linear out"):
-        verify.judge("x", far, "fp8", "engine")
+        compare.judge("x", far, "fp8", "engine")
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,10 @@ def test_an_engine_in_float8_says_so_and_is_held_to_it(bundle, monkeypatch):
     record = store.Record.read(path, "")
     assert ENGINE_REL_RMS["bf16"] / 10 < record.check.rel_rms < ENGINE_REL_RMS["fp8"]
     assert engines.backend("inductor").details(path)["sites"] == {"linear": {"fp8": 1}}
-    assert verify.measure(bundle, "unet_text", record.config, path).precision == "fp8"
-    monkeypatch.setitem(verify.TOLERANCE, "fp8", record.check.rel_rms / 2)
+    assert compare.measure(bundle, "unet_text", record.config, path).precision == "fp8"
+    monkeypatch.setitem(TOLERANCE, "fp8", record.check.rel_rms / 2)
     with pytest.raises(EngineError, match=r"engine of unet_text: .*; leave --option fp8=linear out"):
-        verify.check(bundle, "unet_text", record.config, path)
+        compare.check(bundle, "unet_text", record.config, path)
 
 
 def test_layers_that_are_too_small_leave_an_engine_as_it_was(bundle):
@@ -127,8 +128,8 @@ def test_new_weights_are_quantised_anew(bundle):
     engine = store.load(bundle, "unet_text", in_fp8(bundle))
     reference = store.load(bundle, "unet_text", dataclasses.replace(
         in_fp8(bundle), backend="onnxruntime", options={}))
-    feed = verify.inputs(engine.inputs.values(), 5)
-    before = verify.run(engine, feed)
+    feed = compare.inputs(engine.inputs.values(), 5)
+    before = compare.run(engine, feed)
     file = bundle.path / bundle.component("unet_text").file
     graph = onnx_nodes.read(file)
     name = sorted(name for name in graph.values if graph.is_weight(name))[1]
@@ -136,7 +137,7 @@ def test_new_weights_are_quantised_anew(bundle):
     new = 50 * np.random.default_rng(0).standard_normal(old.shape).astype(np.float32)
     for each in (engine, reference):
         each.refit({name: new})
-    after, expected = verify.run(engine, feed), verify.run(reference, feed)
+    after, expected = compare.run(engine, feed), compare.run(reference, feed)
     changed = {output for output in after if rel_rms(after[output], before[output]) > 2 * ENGINE_REL_RMS["fp8"]}
     assert len(changed) == 1 and len(after) > 4
     for output, value in after.items():
@@ -144,7 +145,7 @@ def test_new_weights_are_quantised_anew(bundle):
         if output not in changed:
             np.testing.assert_array_equal(value, before[output])
     engine.refit({name: old})
-    for output, value in verify.run(engine, feed).items():
+    for output, value in compare.run(engine, feed).items():
         np.testing.assert_array_equal(value, before[output])
 
 

@@ -5,12 +5,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from kernels.cpu import native
+from kernels.cpu import library
 
 openvino = pytest.importorskip("openvino")
 try:
-    EXTENSION = native.openvino_extension()
-except native.NativeError as error:
+    EXTENSION = library.openvino_extension()
+except library.CpuKernelError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 TOLERANCE = {"f32": 2e-6, "bf16": 2e-2}

@@ -11,7 +11,7 @@ from engines import store
 from engines.bundle import Bundle
 from engines.openvino.passes import halve_gates, narrow, own_attention, own_group_norm
 from engines.spec import EngineError
-from kernels.cpu import native
+from kernels.cpu import library
 from tests.tolerances import ENGINE_REL_RMS
 
 ov = pytest.importorskip("openvino")
@@ -42,7 +42,7 @@ def graph(head_dim: int = 40, *, keys: int = 24, swapped: bool = True, causal: b
 
 def outputs(model: Any, precision: str) -> list[np.ndarray]:
     core = ov.Core()
-    core.add_extension(str(native.openvino_extension()))
+    core.add_extension(str(library.openvino_extension()))
     rng = np.random.default_rng(0)
     feed = {p.get_friendly_name(): rng.standard_normal(list(p.get_output_shape(0))).astype(np.float32)
             for p in model.get_parameters()}

@@ -28,7 +28,8 @@ import engines
 from engines import __main__ as cli
 from engines import store
 from engines.bundle import Bundle
-from engines.check import verify
+from engines.check import compare
+from engines.check.tolerance import TOLERANCE
 from engines.machine.buffers import device_address
 from engines.machine.gpu import Memory
 from engines.spec import EngineConfig, EngineError
@@ -394,7 +395,7 @@ def test_equals_the_reference(originals, tmp_path, name, dtype):
     bundle = Bundle.open(shutil.copytree(originals[dtype], tmp_path / "small"))
     path = store.build(bundle, "unet", config(bundle, backend=name, device="cuda:0"))
     check = store.Record.read(path, "").check
-    assert check is not None and 0 < check.rel_rms < verify.TOLERANCE[dtype]
+    assert check is not None and 0 < check.rel_rms < TOLERANCE[dtype]
     assert json.loads((path / ABOUT).read_text())["device_memory_bytes"] >= 0
 
 
@@ -403,14 +404,14 @@ def test_equals_the_reference(originals, tmp_path, name, dtype):
 def test_refit_changes_weights_and_back(bundle, name):
     for_this_gpu(name)
     engine = store.load(bundle, "unet", config(bundle, backend=name, device="cuda:0", options={"refit": "true"}))
-    feed = verify.inputs(engine.inputs.values(), 3)
-    before = verify.run(engine, feed)["noise_pred"]
+    feed = compare.inputs(engine.inputs.values(), 3)
+    before = compare.run(engine, feed)["noise_pred"]
     old = onnx.numpy_helper.to_array(next(
         w for w in onnx.load(bundle.path / "unet.onnx").graph.initializer if w.name == "conv_out.weight"))
     engine.refit({"conv_out.weight": 2 * old})
-    np.testing.assert_allclose(verify.run(engine, feed)["noise_pred"], 2 * before, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(compare.run(engine, feed)["noise_pred"], 2 * before, rtol=1e-3, atol=1e-4)
     engine.refit({"conv_out.weight": old})
-    np.testing.assert_allclose(verify.run(engine, feed)["noise_pred"], before, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(compare.run(engine, feed)["noise_pred"], before, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -423,7 +424,7 @@ def test_our_kernels_as_plugins_equal_the_reference(bundles, tmp_path, kind):
     about = ENTERPRISE.details(path)
     assert about["kernels"][kind] == {"asked": "plugin", "used": "plugin"} and about["sites"][kind]["plugin"] > 0
     check = store.Record.read(path, "").check
-    assert check is not None and check.rel_rms < verify.TOLERANCE["fp32"]
+    assert check is not None and check.rel_rms < TOLERANCE["fp32"]
 
 
 @pytest.mark.gpu
@@ -445,14 +446,14 @@ def test_engines_share_a_workspace(bundle, name):
     for_this_gpu(name)
     opened = [store.load(bundle, part, config(bundle, part, backend=name, device="cuda:0"))
               for part in ("unet", "vae_decoder")]
-    feeds = [verify.inputs(engine.inputs.values(), 3) for engine in opened]
-    alone = [verify.run(engine, feed) for engine, feed in zip(opened, feeds, strict=True)]
+    feeds = [compare.inputs(engine.inputs.values(), 3) for engine in opened]
+    alone = [compare.run(engine, feed) for engine, feed in zip(opened, feeds, strict=True)]
     block = Memory(0, max(1, *(engine.workspace_bytes for engine in opened)))
     for engine in opened:
         engine.use_workspace(block)
     for _ in range(2):
         for engine, feed, expected in zip(opened, feeds, alone, strict=True):
-            for output, value in verify.run(engine, feed).items():
+            for output, value in compare.run(engine, feed).items():
                 np.testing.assert_array_equal(value, expected[output])
     with pytest.raises(EngineError, match="workspace"):
         opened[0].use_workspace(block.handle + 1)

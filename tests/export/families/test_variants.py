@@ -31,7 +31,7 @@ from torch import nn
 import engines
 from engines import Bundle, EngineConfig, store
 from engines.backend import Target
-from engines.check import verify
+from engines.check import compare
 from engines.spec import TensorSpec
 from export.trace.module import trace_module
 from runtime.schedulers import make_table
@@ -138,14 +138,14 @@ def test_networks_of_other_models(tmp_path, name):
         target = Target(tmp_path, name, component, config)
         directory.mkdir()
         engines.backend(backend).build(target, directory)
-        results[backend] = verify.run(engines.backend(backend).load(target, directory), feed)
+        results[backend] = compare.run(engines.backend(backend).load(target, directory), feed)
     for backend, got in results.items():
         for output, truth in expected.items():
             if output == "codes":
                 assert len(np.unique(truth)) > 4
                 np.testing.assert_array_equal(got[output], truth.numpy(), err_msg=backend)
             else:
-                assert verify.difference(got[output], truth.numpy()).rel_rms < ENGINE_REL_RMS["fp32"], backend
+                assert compare.difference(got[output], truth.numpy()).rel_rms < ENGINE_REL_RMS["fp32"], backend
 
 
 def spread(module: Any, image: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""accumulate: the kernel, its reference and the runtime's numpy against each other."""
+"""accumulate: the kernel, its reference and its numpy twin against each other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.host import ops
 from kernels.triton import accumulate as op
-from runtime.devices import host
 from tests.tools.kernel_cases import DEVICE, random
 
 
@@ -23,7 +23,7 @@ def test_kernel_reference_and_numpy_give_the_same(numbers: int, keep: int) -> No
     op.reference(x, flag, guarded[0][:numbers])
     op.launch(x, flag, guarded[1][:numbers])
     out = guarded[2].cpu().numpy()
-    host.accumulate(x.cpu().numpy(), flag.cpu().numpy(), out[:numbers])
+    ops.accumulate(x.cpu().numpy(), flag.cpu().numpy(), out[:numbers])
     expected = torch.cat([before + x if keep else x, torch.full((9,), 7.0, device=DEVICE)]).cpu().numpy()
     for got in (guarded[0].cpu().numpy(), guarded[1].cpu().numpy(), out):
         np.testing.assert_array_equal(got, expected)

@@ -16,7 +16,7 @@ import torch
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
 from diffusers.utils import logging
 
-from runtime.loop.step import advance, initial_state
+from kernels.host.step import advance, initial_state
 from runtime.schedulers import SCHEDULERS, Table, make_table, names
 from runtime.schedulers.config import DEFAULTS, SPACINGS, resolve
 from tests.tolerances import SCHEDULER_REL

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.schedulers.table import Table
+from kernels.host.step_table import SamplerTable
 
 
 def guide(uncond: np.ndarray, cond: np.ndarray, guidance: float, rescale: float = 0.0) -> np.ndarray:
@@ -22,15 +22,18 @@ def guide(uncond: np.ndarray, cond: np.ndarray, guidance: float, rescale: float 
     return guided
 
 
-def initial_state(table: Table, noise: np.ndarray) -> np.ndarray:
-    """The state before row 0, float32 [1 + slots, C, h, w]: unit-variance `noise` at the first level, and no memory."""
+def initial_state(table: SamplerTable, noise: np.ndarray) -> np.ndarray:
+    """Return the state before row 0, float32 [1 + slots, C, h, w]: `noise` at the level of that row, and no memory.
+
+    noise: float32 [C, h, w], unit variance.
+    """
     state = np.zeros((1 + table.slots, *noise.shape), np.float32)
     np.multiply(noise, np.float32(table.init_scale), out=state[0])
     return state
 
 
-def advance(state: np.ndarray, m: np.ndarray, noise: np.ndarray | None, table: Table, i: int) -> None:
-    """Apply row i to `state` in place.
+def advance(state: np.ndarray, m: np.ndarray, noise: np.ndarray | None, table: SamplerTable, i: int) -> None:
+    """Apply row i of `table` to `state` in place.
 
     state: float32 [1 + slots, C, h, w], contiguous. m: guided model output, float32 [C, h, w]. noise: float32 [C, h,
     w], unit variance, exactly where table.draws[i]. Raises ValueError where noise is missing or not wanted, and for a
@@ -47,7 +50,10 @@ def advance(state: np.ndarray, m: np.ndarray, noise: np.ndarray | None, table: T
 
 def update(state: np.ndarray, m: np.ndarray, noise: np.ndarray | None, predict: np.ndarray, clip: float,
            mix: np.ndarray) -> None:
-    """`advance` by the numbers of one row: predict [2], clip, and mix [1 + slots, slots + 4], in any float dtype."""
+    """Do what `advance` does, unchecked, by the numbers of a row in any float dtype.
+
+    predict: [2]. mix: [1 + slots, slots + 4].
+    """
     slots = len(state) - 1
     columns = np.empty((slots + 4, m.size), np.float32)  # x, p, memory, noise, m: the order of the mix
     columns[0] = state[0].ravel()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from runtime.loop.step import advance, guide, initial_state
+from kernels.host.step import advance, guide, initial_state
 from runtime.schedulers import Table
 
 SHAPE = (4, 6, 5)

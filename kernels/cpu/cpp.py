@@ -1,134 +1,53 @@
 """The C++ kernels for CPUs, on numpy arrays: attention, group norm with SiLU, and weights with changes of low rank.
 
-They are in `liblatentrt_kernels.so` beside this file, which installing builds where there are CMake and a C++ compiler
-(`kernels/csrc/latentrt_kernels.h` documents its C interface). Everything else works without it: ask `available()`.
-
-bfloat16 arrays are those of `ml_dtypes`, or uint16 with the same bits.
+bfloat16 arrays are those of `ml_dtypes`, or uint16 with the same bits. Whether the kernels are here at all, and for
+which instruction sets, `kernels.cpu.library` says.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import hashlib
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-LIBRARY = Path(__file__).parent / "liblatentrt_kernels.so"
-EXTENSION = Path(__file__).parent / "liblatentrt_openvino.so"
-ISAS = ("avx2", "avx512", "amx")
-"""Instruction sets, each a superset of those before it."""
+from kernels.cpu import library
+from kernels.cpu.library import AttentionArgs, GroupNormArgs, LowRankArgs, Strides
 
-BUILD = ("install CMake 3.25 or later and a C++20 compiler, then run `pip install --force-reinstall --no-deps .` in a "
-         "checkout of latentrt")
-
-_ABI = 2
 _DTYPES = {"float32": 0, "bfloat16": 1, "uint16": 1, "float16": 2}
+_QKV_OUT = ("q", "k", "v", "out")
 
-_Strides = ctypes.c_int64 * 3
 _Layout = tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]]
 """dtype, shape and strides of an array, in bytes."""
-
-
-class NativeError(RuntimeError):
-    """The C++ kernels are missing or cannot run. The message says got / expected / do."""
-
-
-class _AttentionArgs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ("dtype", "isa")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "head_dim")),
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
-        *((name, _Strides) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
-        ("scale", ctypes.c_float), ("causal", ctypes.c_int), ("threads", ctypes.c_int),
-        ("parallel", ctypes.c_void_p), ("parallel_context", ctypes.c_void_p),
-    ]
-
-
-class _GroupNormArgs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ("dtype", "isa")),
-        *((name, ctypes.c_int64) for name in ("batch", "channels", "positions", "groups")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
-        ("eps", ctypes.c_float), ("silu", ctypes.c_int), ("channels_last", ctypes.c_int), ("threads", ctypes.c_int),
-        ("parallel", ctypes.c_void_p), ("parallel_context", ctypes.c_void_p),
-    ]
-
-
-class _LowRankArgs(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ("base_dtype", "out_dtype", "isa")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "rank")),
-        *((name, ctypes.c_void_p) for name in ("base", "up", "down", "out")), ("threads", ctypes.c_int),
-        ("parallel", ctypes.c_void_p), ("parallel_context", ctypes.c_void_p),
-    ]
-
-
-def available() -> str | None:
-    """None where the kernels can be used, else what to do."""
-    try:
-        isas()
-    except NativeError as e:
-        return str(e)
-    return None
-
-
-def isas() -> tuple[str, ...]:
-    """The instruction sets of this machine that the kernels know, the best last. Raises NativeError without any."""
-    best = _library(LIBRARY).latentrt_best_isa()
-    if not best:
-        raise NativeError("got a CPU without AVX2, FMA or F16C, expected one with them; use another backend")
-    return ISAS[:best]
-
-
-def openvino_extension() -> Path:
-    """The library that `openvino.Core.add_extension` takes; ops Attention and GroupNormSilu of domain `latentrt`.
-
-    Raises NativeError where it was not built. One that was built for another version of OpenVINO does not load.
-    """
-    if not EXTENSION.exists():
-        raise NativeError(f"got no {EXTENSION}, expected the OpenVINO extension; install openvino first, then {BUILD} "
-                          "with --no-build-isolation")
-    isas()
-    return EXTENSION
-
-
-@functools.cache
-def fingerprint() -> str:
-    """Of the built libraries: another one may compute other last bits."""
-    files = [path.read_bytes() for path in (LIBRARY, EXTENSION) if path.exists()]
-    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | None = None, *,
               scale: float | None = None, causal: bool = False, threads: int | None = None,
               isa: str | None = None) -> np.ndarray:
-    """softmax(scale q kᵀ) v for each batch and head; returns `out`, or a new array laid out as q is.
+    """Compute softmax(scale q kᵀ) v for each batch and head; returns `out`, or a new array laid out as q is.
 
     q, out: [batch, heads, queries, head_dim]; k, v: [batch, heads, keys, head_dim]; all float32 or all bfloat16. Any
     strides with the last dimension contiguous, so a [batch, tokens, heads, head_dim] array is passed as
     `x.transpose(0, 2, 1, 3)` and a fused projection as its slices. head_dim: a multiple of 8 up to 1024. out shares no
     memory with the others. scale: 1 / sqrt(head_dim) unless given. causal: query i sees keys 0 … i. threads: those that
-    the process may run on unless given. isa: one of `isas()`, the best unless given.
+    the process may run on unless given. isa: one of `library.isas()`, the best unless given.
 
-    Raises ValueError for arrays it does not take, NativeError where the kernels are missing or fail.
+    Raises ValueError for arrays it does not take, CpuKernelError where the kernels are missing or fail.
     """
     if out is None:
         out = np.empty_like(q)
     arrays = (q, k, v, out)
     template = _attention_args(tuple(map(_layout, arrays)), scale, causal, _threads(threads), isa)
-    args = _AttentionArgs.from_buffer_copy(template)
+    args = AttentionArgs.from_buffer_copy(template)
     args.q, args.k, args.v, args.out = (_address(name, a) for name, a in zip(_QKV_OUT, arrays, strict=True))
     if not out.flags.writeable:
         raise ValueError("out: got a read-only array, expected one to write to; pass a copy")
     if any(np.may_share_memory(out, a) for a in (q, k, v)):
         raise ValueError("out: got memory that q, k or v may use too, expected its own; pass np.empty_like(q)")
-    _call("latentrt_attention", args)
+    library.call("latentrt_attention", args)
     return out
 
 
@@ -141,12 +60,12 @@ def group_norm(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray,
     float16; out may be x. weight, bias: [channels], of any of these dtypes. eps: of the model, 1e-5 or 1e-6 as a rule.
     Returns `out`, or a new array. threads and isa: as in `attention`.
 
-    Raises ValueError for arrays it does not take, NativeError where the kernels are missing or fail.
+    Raises ValueError for arrays it does not take, CpuKernelError where the kernels are missing or fail.
     """
     if out is None:
         out = np.empty_like(x)
     template = _group_norm_args(_layout(x), _layout(out), groups, eps, silu, channels_last, _threads(threads), isa)
-    args = _GroupNormArgs.from_buffer_copy(template)
+    args = GroupNormArgs.from_buffer_copy(template)
     weight, bias = (_parameter(name, a, args.channels) for name, a in (("weight", weight), ("bias", bias)))
     args.x, args.out = _address("x", x), _address("out", out)
     args.weight, args.bias = _address("weight", weight), _address("bias", bias)
@@ -154,18 +73,18 @@ def group_norm(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray,
         raise ValueError("out: got a read-only array, expected one to write to; pass a copy")
     if args.out != args.x and np.may_share_memory(x, out):
         raise ValueError("out: got memory that overlaps x, expected x itself or none of it; pass np.empty_like(x)")
-    _call("latentrt_group_norm", args)
+    library.call("latentrt_group_norm", args)
     return out
 
 
 def low_rank(base: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray, *, threads: int | None = None,
              isa: str | None = None) -> np.ndarray:
-    """base + up · down in float32, rounded to nearest even; returns `out`. With rank 0 it converts.
+    """Compute base + up · down in float32, rounded to nearest even; returns `out`. With rank 0 it converts.
 
     base, out: [rows, …] of one shape, C-contiguous, each float32, bfloat16 or float16. up: float32 [rows, rank]. down:
     float32 [rank, …]. In bfloat16 finite numbers stay finite. threads and isa: as in `attention`.
 
-    Raises ValueError for arrays it does not take, NativeError where the kernels are missing or fail.
+    Raises ValueError for arrays it does not take, CpuKernelError where the kernels are missing or fail.
     """
     rank, columns = len(down), math.prod(base.shape[1:])
     for name, array, shape in (("base", base, base.shape), ("out", out, base.shape), ("up", up, (len(base), rank)),
@@ -180,14 +99,11 @@ def low_rank(base: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray
         raise ValueError(f"down: got shape {down.shape}, expected {columns} values in each of its rows; reshape it")
     if not out.flags.writeable or np.may_share_memory(base, out):
         raise ValueError("out: got memory that is read-only or base's, expected its own; pass np.empty_like(base)")
-    args = _LowRankArgs(base_dtype=_DTYPES[base.dtype.name], out_dtype=_DTYPES[out.dtype.name], isa=_isa(isa),
+    args = LowRankArgs(base_dtype=_DTYPES[base.dtype.name], out_dtype=_DTYPES[out.dtype.name], isa=_isa(isa),
                         rows=len(base), columns=columns, rank=rank, threads=_threads(threads))
     args.base, args.up, args.down, args.out = (a.ctypes.data for a in (base, up, down, out))
-    _call("latentrt_low_rank", args)
+    library.call("latentrt_low_rank", args)
     return out
-
-
-_QKV_OUT = ("q", "k", "v", "out")
 
 
 def _layout(array: np.ndarray) -> _Layout:
@@ -207,29 +123,29 @@ def _address(name: str, array: np.ndarray) -> int:
 
 @functools.lru_cache(maxsize=512)
 def _attention_args(layouts: tuple[_Layout, ...], scale: float | None, causal: bool, threads: int,
-                    isa: str | None) -> _AttentionArgs:
-    """Checked, and complete but for addresses."""
+                    isa: str | None) -> AttentionArgs:
+    """Return arguments that are checked, and complete but for addresses."""
     _check_attention(dict(zip(_QKV_OUT, layouts, strict=True)))
     (dtype, (batch, heads, queries, head_dim), _), (_, k_shape, _), *_ = layouts
     scale = head_dim ** -0.5 if scale is None else scale
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected a finite number; pass None for 1 / sqrt(head_dim)")
-    args = _AttentionArgs(dtype=_DTYPES[dtype.name], isa=_isa(isa), batch=batch, heads=heads, queries=queries,
+    args = AttentionArgs(dtype=_DTYPES[dtype.name], isa=_isa(isa), batch=batch, heads=heads, queries=queries,
                           keys=k_shape[2], head_dim=head_dim, scale=scale, causal=causal, threads=threads)
     for name, (_, _, strides) in zip(_QKV_OUT, layouts, strict=True):
-        setattr(args, f"{name}_stride", _Strides(*(stride // dtype.itemsize for stride in strides[:3])))
+        setattr(args, f"{name}_stride", Strides(*(stride // dtype.itemsize for stride in strides[:3])))
     return args
 
 
 @functools.lru_cache(maxsize=512)
 def _group_norm_args(x: _Layout, out: _Layout, groups: int, eps: float, silu: bool, channels_last: bool, threads: int,
-                     isa: str | None) -> _GroupNormArgs:
-    """Checked, and complete but for addresses."""
+                     isa: str | None) -> GroupNormArgs:
+    """Return arguments that are checked, and complete but for addresses."""
     channels, positions = _check_group_norm(x, out, groups, channels_last)
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps: got {eps}, expected a finite number that is not negative; 1e-5 is usual")
     dtype, shape, _ = x
-    return _GroupNormArgs(dtype=_DTYPES[dtype.name], isa=_isa(isa), batch=shape[0], channels=channels,
+    return GroupNormArgs(dtype=_DTYPES[dtype.name], isa=_isa(isa), batch=shape[0], channels=channels,
                           positions=positions, groups=groups, eps=eps, silu=silu, channels_last=channels_last,
                           threads=threads)
 
@@ -258,7 +174,7 @@ def _check_attention(arrays: Mapping[str, _Layout]) -> None:
 
 
 def _check_group_norm(x: _Layout, out: _Layout, groups: int, channels_last: bool) -> tuple[int, int]:
-    """Returns channels and positions."""
+    """Return channels and positions. Raises ValueError for arrays that the kernel does not take."""
     for name, (dtype, shape, strides) in (("x", x), ("out", out)):
         if len(shape) < 2 or 0 in shape:
             raise ValueError(f"{name}: got shape {shape}, expected [batch, channels, …], none of them 0; reshape it")
@@ -302,27 +218,7 @@ def _threads(threads: int | None) -> int:
 def _isa(name: str | None) -> int:
     if name is None:
         return 0
-    if name not in isas():
-        raise ValueError(f"isa: got {name!r}, expected one of {', '.join(isas())} on this CPU; pass None for the best")
-    return ISAS.index(name) + 1
-
-
-def _call(function: str, args: ctypes.Structure) -> None:
-    isas()
-    library = _library(LIBRARY)
-    if status := getattr(library, function)(ctypes.byref(args)):
-        raise NativeError(f"{function}: {library.latentrt_status_text(status).decode()}")
-
-
-@functools.cache
-def _library(path: Path) -> Any:
-    if not path.exists():
-        raise NativeError(f"got no {path}, expected the C++ kernels; {BUILD}")
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as e:
-        raise NativeError(f"{path} does not load: {e}; {BUILD}") from e
-    if (abi := library.latentrt_abi()) != _ABI:
-        raise NativeError(f"{path}: got version {abi} of the interface, expected {_ABI}; {BUILD}")
-    library.latentrt_status_text.restype = ctypes.c_char_p
-    return library
+    if name not in library.isas():
+        raise ValueError(f"isa: got {name!r}, expected one of {', '.join(library.isas())} on this CPU; pass None for "
+                         "the best")
+    return library.ISAS.index(name) + 1
