@@ -71,7 +71,7 @@ def detach(name: str, bundle: str | Path) -> Bundle:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[tuple[Bundle, Path]]:
-    """The bundle at `path`, which nobody else writes in the block, and a temporary directory in it."""
+    """Keep others from writing the bundle at `path` in the block; yields it, and a temporary directory in it."""
     path = Path(os.path.abspath(path))
     Bundle.open(path)  # before a lock file appears beside what is no bundle
     try:

@@ -1,4 +1,4 @@
-"""What joins a bundle after its export: a ControlNet, or a VAE in the place of its own."""
+"""Networks that join a bundle after its export: a ControlNet, or a VAE in the place of its own."""
 
 from __future__ import annotations
 

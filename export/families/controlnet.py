@@ -36,7 +36,7 @@ class ControlNet(TracedModule):
     rows = "branch"
 
     def __init__(self, model: nn.Module, label: str) -> None:
-        """label: its name in requests."""
+        """Wrap a net. label: its name in requests."""
         super().__init__(model)
         self.label = label
         config, latent = model.config, ("latent_height", "latent_width")

@@ -1,4 +1,4 @@
-"""What a family of models is to the rest of export."""
+"""Protocols of a family of models, and of any networks that become components of a bundle."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Model(Protocol):
 
 
 class Family(Model, Protocol):
-    """One whole model of a family, and what the family says of it.
+    """A whole model of one family, and all that the family knows of it.
 
     pipelines: classes of diffusers that draw with models of this family. title: the family in words, for errors.
     """

@@ -24,7 +24,7 @@ class TextEncoder(TracedModule):
     rows = 2  # the negative prompt and the prompt
 
     def __init__(self, model: nn.Module, length: int) -> None:
-        """length: tokens of a prompt."""
+        """Wrap a text encoder. length: tokens of a prompt."""
         super().__init__(model)
         width = model.config.hidden_size
         self.below = {"input_ids": model.config.vocab_size}

@@ -35,8 +35,8 @@ class UNet(TracedModule):
 
     def __init__(self, model: nn.Module, channels: int, joined: Mapping[str, int], pooled: int = 0,
                  numbers: int = 0) -> None:
-        """channels: of the latents. joined: further inputs → their channels. pooled: width of text_embeds, numbers: how
-        many time_ids, both 0 without these inputs.
+        """Wrap a UNet. channels: of the latents. joined: further inputs → their channels. pooled: width of text_embeds,
+        numbers: how many time_ids, both 0 without these inputs.
         """
         super().__init__(model)
         latent, labels = ("latent_height", "latent_width"), model.config.get("num_class_embeds")

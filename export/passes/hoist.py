@@ -43,13 +43,15 @@ class Part(NamedTuple):
 
 
 def hoist(model: ir.Model, invariant: Mapping[str, Collection[str]], inputs: Sequence[TensorSpec],
-          outputs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int | str, ...]] | None = None) -> dict[str, Part]:
+          outputs: Sequence[TensorSpec],
+          shapes: Mapping[str, tuple[int | str | None, ...]] | None = None) -> dict[str, Part]:
     """Cut a model, which is of no use after that, and return its parts; none where a part would compute nothing.
 
     invariant: name of a part, "text" or "time" → those of `inputs` that it may depend on. The rest is "body", which
     comes last. What is handed to it is float32 and has the name of the layer that computes it. shapes: part → the shape
-    of what it hands over, where ONNX cannot infer it, as from pixels to latents. Raises ExportError where the shape of
-    what is handed over is not known, or the parts together do not compute what the whole does, each node once.
+    of what it hands over, where ONNX cannot infer it, as from pixels to latents; None for a dimension that it can.
+    Raises ExportError where the shape of what is handed over is not known, or the parts together do not compute what
+    the whole does, each node once.
     """
     common.ShapeInferencePass()(model)  # for the dtypes
     computed = _computations(model.graph)
@@ -58,7 +60,8 @@ def hoist(model: ir.Model, invariant: Mapping[str, Collection[str]], inputs: Seq
         return {}
     for part, shape in (shapes or {}).items():
         for value in cut[part]:
-            value.shape = ir.Shape(shape)
+            inferred = value.shape or [None] * len(shape)
+            value.shape = ir.Shape([known if known is not None else inferred[n] for n, known in enumerate(shape)])
     _name_after_layers([value for values in cut.values() for value in values])
     given = {spec.name: spec for spec in inputs}
     parts: dict[str, Part] = {}

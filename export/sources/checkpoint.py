@@ -1,4 +1,4 @@
-"""What a checkpoint is to the families, whatever it is on the disk: configurations, tokenizers and modules by name."""
+"""The protocol by which families read a checkpoint, whatever it is on the disk: all that it has, by name."""
 
 from __future__ import annotations
 

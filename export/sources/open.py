@@ -1,4 +1,4 @@
-"""Which kind of checkpoint a path is."""
+"""The choice of the reader for a checkpoint."""
 
 from __future__ import annotations
 

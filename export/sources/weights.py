@@ -43,7 +43,7 @@ class StateDict(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises ExportError where `path` is no weights file, is cut short, or is a pickle that would run code."""
+        """Open a file. Raises ExportError where it has no weights, is cut short, or is a pickle that would run code."""
         self.global_step: int | None = None
         if path.suffix == ".safetensors":
             try:

@@ -45,7 +45,7 @@ Graphs = dict[tuple[str, str], Component]
 
 
 class Truth(NamedTuple):
-    """What graphs are compared with. feed: inputs by name. expected: variant ("" for the plain graph) → outputs."""
+    """Inputs, and what PyTorch makes of them. feed: by name. expected: variant ("" for the plain graph) → outputs."""
 
     feed: dict[str, np.ndarray]
     expected: dict[str, dict[str, np.ndarray]]

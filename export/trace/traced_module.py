@@ -21,13 +21,14 @@ class Cut(NamedTuple):
     """A part of a graph that is cut out of it, for engines of its own.
 
     part: its name. reads: the inputs that it may depend on, of which a module may lack some. rows: of its engines, as
-    in `engines.bundle.Component`. shape: of what it hands over, where ONNX cannot infer it.
+    in `engines.bundle.Component`. shape: of what it hands over, where ONNX cannot infer it; None for a
+    dimension that it can.
     """
 
     part: str
     reads: tuple[str, ...]
     rows: int
-    shape: tuple[int | str, ...] | None = None
+    shape: tuple[int | str | None, ...] | None = None
 
 
 @dataclass(frozen=True)
