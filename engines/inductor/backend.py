@@ -54,13 +54,13 @@ class Inductor(Backend):
     def versions(self, config: EngineConfig | None = None) -> dict[str, str]:
         if reason := self.available():
             raise EngineError(reason)
-        found = {"inductor": importlib.metadata.version("torch")}
+        versions = {"inductor": importlib.metadata.version("torch")}
         if config is None:
-            return found
+            return versions
         if (number := device.gpu(config)) is None:
             ours = Options.read(config).ours
-            return {**found, **describe(), **({"kernels": library.fingerprint()} if ours else {})}
-        return {**found, **dataclasses.asdict(gpus()[number])}  # a version of PyTorch has one of Triton
+            return {**versions, **describe(), **({"kernels": native.fingerprint()} if ours else {})}
+        return {**versions, **dataclasses.asdict(gpus()[number])}  # a version of PyTorch has one of Triton
 
     def build(self, target: Target, directory: Path) -> None:
         """Write the package, what its weights are, and its constants. Raises EngineError where that cannot be done."""

@@ -162,7 +162,7 @@ def angles(graph: ir.Graph) -> set[ir.Value]:
     bfloat16 has no 999, and angles that are off by a radian are other angles. What depends on a weight's product or
     convolution is no such angle.
     """
-    found: set[ir.Value] = set()
+    wide: set[ir.Value] = set()
     for node in graph:
         if not is_op(node, "Sin") and not is_op(node, "Cos"):
             continue
@@ -173,8 +173,8 @@ def angles(graph: ir.Graph) -> set[ir.Value]:
                 above.add(value)
                 todo += [v for v in value.producer().inputs if v is not None] if value.producer() else []
         if not {value.producer().op_type for value in above if value.producer()} & PRODUCTS:
-            found |= above
-    return found
+            wide |= above
+    return wide
 
 
 def _is_bias(value: ir.Value, weight: ir.Value) -> bool:

@@ -68,15 +68,16 @@ def _module(target: Target, options: Options, where: str) -> tuple[OnnxModule, d
         raise EngineError(f"graph inputs: got {sorted(names)}, expected {sorted(inputs)} as the manifest says; "
                           "export the bundle again")
     settings = Settings(config.dtype, options.ours, cpp=where == "cpu" and bool(options.ours))
-    found = survey(graph, {name: (tuple(map(int, spec.shape)), spec.dtype) for name, spec in inputs.items()}, settings)
+    shapes = {name: (tuple(map(int, spec.shape)), spec.dtype) for name, spec in inputs.items()}
+    learned = survey(graph, shapes, settings)
     if config.threads and where == "cpu":
         torch.set_num_threads(config.threads)
-    chosen, timed = choose(found.both, options.kernels, DTYPES[config.dtype], where, 2 * TOLERANCE[config.dtype])
+    chosen, timed = choose(learned.both, options.kernels, DTYPES[config.dtype], where, 2 * TOLERANCE[config.dtype])
     in_fp8: frozenset[Names] = frozenset()
     if options.fp8_least is not None:
-        in_fp8 = large_linears(graph, found.rows, options.fp8_least)
+        in_fp8 = large_linears(graph, learned.rows, options.fp8_least)
     settings = dataclasses.replace(settings, chosen=chosen, fp8=in_fp8)
-    return OnnxModule(graph, settings, where, found.constants), timed
+    return OnnxModule(graph, settings, where, learned.constants), timed
 
 
 def _record(module: OnnxModule, options: Options, timed: Mapping[str, Any]) -> Record:

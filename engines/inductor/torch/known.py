@@ -35,12 +35,12 @@ def dtype_name(number: int) -> str:
 
 def constant(node: ir.Node) -> np.ndarray:
     """Return the value of a Constant node. Raises EngineError for a kind that graphs of ours do not have."""
-    given = attributes(node)
+    fields = attributes(node)
     for name in ("value", "value_int", "value_ints", "value_float", "value_floats"):
-        if name in given:
-            value = given[name].numpy() if name == "value" else np.array(given[name])
+        if name in fields:
+            value = fields[name].numpy() if name == "value" else np.array(fields[name])
             return value.astype(np.float32) if value.dtype.kind not in "iub" else value
-    raise EngineError(f"inductor: got a Constant with {sorted(given)}, expected a tensor or numbers; "
+    raise EngineError(f"inductor: got a Constant with {sorted(fields)}, expected a tensor or numbers; "
                       "use another backend")
 
 

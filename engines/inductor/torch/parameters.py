@@ -23,14 +23,14 @@ def weights_of(graph: ir.Graph, dtype: str, angles: Set[ir.Value], in_fp8: Set[N
 
     angles: values that are computed in float32. in_fp8: weights of linear layers.
     """
-    found: dict[Names, Weight] = {}
+    parameters: dict[Names, Weight] = {}
 
     def add(values: Sequence[ir.Value], kind: str, last: bool = False) -> None:
         names = names_of(values)
-        before = found.get(names)
+        before = parameters.get(names)
         wide = kind == "fp32" or (before is not None and before.dtype == "fp32")
-        found[names] = Weight(names, tuple(map(shape, values)), "fp32" if wide else kind,
-                              last or bool(before and before.channels_last))
+        parameters[names] = Weight(names, tuple(map(shape, values)), "fp32" if wide else kind,
+                                   last or bool(before and before.channels_last))
 
     for node in graph:
         inputs = node.inputs
@@ -44,7 +44,7 @@ def weights_of(graph: ir.Graph, dtype: str, angles: Set[ir.Value], in_fp8: Set[N
             if is_weight(value) and at not in READ.get(node.op_type, ()):
                 add((value,), "fp32" if node.outputs[0] in angles else dtype,
                     is_op(node, "Conv") and at == 1 and len(shape(value)) == 4)
-    return {f"w{n}": weight for n, weight in enumerate(found.values())}
+    return {f"w{n}": weight for n, weight in enumerate(parameters.values())}
 
 
 def large_linears(graph: ir.Graph, rows: Mapping[Names, int], least: int) -> frozenset[Names]:
@@ -52,12 +52,12 @@ def large_linears(graph: ir.Graph, rows: Mapping[Names, int], least: int) -> fro
 
     rows: weights of a linear layer → rows of its input. least: rows, inputs and outputs.
     """
-    found: dict[Names, Sequence[ir.Value]] = {}
+    linears: dict[Names, Sequence[ir.Value]] = {}
     elsewhere: set[ir.Value] = set()
     for node in graph:
         linear = is_op(node, "Linear", DOMAIN)
         elsewhere.update(node.inputs[:1] if linear else node.inputs)
         if linear:
-            found[names_of(linear_weights(node))] = linear_weights(node)
-    return frozenset(names for names, values in found.items() if elsewhere.isdisjoint(values) and fp8.fits(
+            linears[names_of(linear_weights(node))] = linear_weights(node)
+    return frozenset(names for names, values in linears.items() if elsewhere.isdisjoint(values) and fp8.fits(
         rows[names], shape(values[0])[1], sum(shape(value)[0] for value in values), least))
