@@ -10,7 +10,7 @@ from typing import Any
 
 from engines.spec import EngineError
 from engines.tensorrt import plugins
-from engines.tensorrt.build import KINDS
+from engines.tensorrt.kinds import KINDS
 from kernels.aot import specialise as sites
 from kernels.aot.artefact import KernelError
 from kernels.aot.specialise import Tensor
@@ -48,8 +48,8 @@ def rewrite(model: Any, inputs: Mapping[str, Sequence[int]], kinds: Collection[s
         nodes = [n for n in model.graph if (n.domain, n.op_type) == ("", KINDS[kind])]
         put = _attention if kind == "attention" else _group_norm
         done = sum(put(model.graph, node, arch, fits) for node in nodes)
-        counts[kind] = {"plugin": done, "native": len(nodes) - done}
-    if any(count["plugin"] for count in counts.values()):
+        counts[kind] = {"ours": done, "vendor": len(nodes) - done}
+    if any(count["ours"] for count in counts.values()):
         model.opset_imports[plugins.DOMAIN] = 1
         common.RemoveUnusedNodesPass()(model)
     return counts

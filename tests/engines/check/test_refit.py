@@ -15,7 +15,7 @@ import engines
 from engines.bundle import Bundle, Check, Component
 from engines.check import refit as verify_refit
 from engines.onnx.low_rank import Weight
-from engines.openvino.backend import OpenVinoEngine
+from engines.openvino.engine import OpenVinoEngine
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from engines.store import store
 from tests.tools.small import small_bundle

@@ -133,7 +133,7 @@ def attention_model(dtype: str = "fp32", head_dim: int = 40, keys: int = 24, ran
     {"is_causal": 1, "keys": 16}, {"scale": 0.3}, {"two_users": True}, {"head_dim": 160}], ids=str)
 def test_attention_becomes_a_plugin_node(options: dict[str, Any]) -> None:
     model, shapes = attention_model(**options)
-    new = compare(model, shapes, options.get("dtype", "fp32"), "attention", {"plugin": 1, "native": 0})
+    new = compare(model, shapes, options.get("dtype", "fp32"), "attention", {"ours": 1, "vendor": 0})
     ops = Counter(node.op_type for node in new.graph.node)
     assert ops["attention"] == 1 and not ops["Attention"]
     assert ops["Transpose"] == (4 if options.get("swapped") is False else 2 if options.get("two_users") else 0)
@@ -144,7 +144,7 @@ def test_attention_becomes_a_plugin_node(options: dict[str, Any]) -> None:
 def test_an_attention_that_ours_cannot_compute_stays(options: dict[str, Any]) -> None:
     model, shapes = attention_model(**options)
     changed = ir.from_proto(model)
-    assert rewrite(changed, shapes, ["attention"], ARCH) == {"attention": {"plugin": 0, "native": 1}}
+    assert rewrite(changed, shapes, ["attention"], ARCH) == {"attention": {"ours": 0, "vendor": 1}}
     assert [n.op_type for n in changed.graph] == [n.op_type for n in model.graph.node]
 
 
@@ -156,7 +156,7 @@ def test_a_site_whose_kernel_does_not_fit_stays() -> None:
         asked.append((name, [t.shape for t in tensors]))
         return False
 
-    assert rewrite(ir.from_proto(model), shapes, ["attention"], ARCH, fits)["attention"]["native"] == 1
+    assert rewrite(ir.from_proto(model), shapes, ["attention"], ARCH, fits)["attention"]["vendor"] == 1
     assert asked == [("attention", [(2, 16, 3, 40), (2, 24, 3, 40), (2, 24, 3, 40)])]
 
 
@@ -179,7 +179,7 @@ def norm_model(dtype: str, shape: tuple[int, ...], silu: str, shared: bool = Fal
     ("fp16", (2, 12, 6, 5), "none"), ("fp32", (1, 16, 7), "silu"), ("fp32", (2, 8, 34, 32), "silu"),
     ("fp16", (1, 16, 34, 32), "silu")], ids=str)
 def test_group_norm_becomes_one_plugin_node_or_two(dtype: str, shape: tuple[int, ...], silu: str) -> None:
-    new = compare(norm_model(dtype, shape, silu), {"x": shape}, dtype, "norm", {"plugin": 1, "native": 0})
+    new = compare(norm_model(dtype, shape, silu), {"x": shape}, dtype, "norm", {"ours": 1, "vendor": 0})
     ops = Counter(node.op_type for node in new.graph.node)
     whole = math.prod(shape[2:]) < 1000
     assert (ops["group_norm"], ops["group_norm_statistics"], ops["group_norm_normalise"]) == (
@@ -189,7 +189,7 @@ def test_group_norm_becomes_one_plugin_node_or_two(dtype: str, shape: tuple[int,
 
 def test_a_group_norm_that_something_else_reads_keeps_its_silu() -> None:
     new = compare(norm_model("fp32", (2, 16, 6, 5), "silu", shared=True), {"x": (2, 16, 6, 5)}, "fp32", "norm",
-                  {"plugin": 1, "native": 0})
+                  {"ours": 1, "vendor": 0})
     assert Counter(node.op_type for node in new.graph.node)["Sigmoid"] == 1
 
 
@@ -199,7 +199,7 @@ def test_a_whole_unet(tmp_path: Path, dtype: str) -> None:
     bundle = small_bundle(tmp_path / "small", dtype)
     shapes = {"sample": (2, 4, 8, 8), "timestep": (2,), "encoder_hidden_states": (2, 7, 32)}
     kinds = ["attention", "norm"]
-    none = {"attention": {"plugin": 0, "native": 1}, "norm": {"plugin": 1, "native": 0}}  # its head dim is 8
+    none = {"attention": {"ours": 0, "vendor": 1}, "norm": {"ours": 1, "vendor": 0}}  # its head dim is 8
     model, counts = rewritten(bundle.path / "unet.onnx", shapes, kinds, ARCH)
     assert counts == none
     (bundle.path / "new.onnx").write_bytes(model)
@@ -223,10 +223,10 @@ def test_every_site_of_what_is_exported(bundles: dict[str, Path]) -> None:
         counts = rewrite(model, shapes, ["attention", "norm"], ARCH)
         for kind, op in (("attention", "Attention"), ("norm", "GroupNormalization")):
             assert sum(counts[kind].values()) == component.sites.get(op, 0), (name, kind)
-            assert name == "text_encoder" or counts[kind]["native"] == 0  # that one has a mask
+            assert name == "text_encoder" or counts[kind]["vendor"] == 0  # that one has a mask
         if name == "unet":
             after = sum(node.op_type == "Transpose" for node in model.graph)
-            assert before - after == 4 * counts["attention"]["plugin"]
+            assert before - after == 4 * counts["attention"]["ours"]
 
 
 SITES = {  # name, shapes of the inputs, what is said of the site
@@ -241,10 +241,10 @@ def test_the_code_of_a_node_takes_inputs_and_outputs_alone(tmp_path: Path) -> No
     """Compiled for GPUs that are not here, in a process without the interpreter, and assembled by ptxas."""
     code = f"""
 import json, re
-from engines import plugins
+from engines.tensorrt import plugins
 from kernels.aot.assemble import assemble
 from kernels.aot.artefact import KernelError
-from kernels import sites
+from kernels.aot import specialise as sites
 from kernels.aot.artefact import SCRATCH, Artefact, KernelError
 from kernels.aot.specialise import Tensor
 for key, (name, shapes, site) in {SITES!r}.items():
@@ -280,7 +280,7 @@ for key, (name, shapes, site) in {SITES!r}.items():
 REGISTERED = """
 import inspect, json
 from types import SimpleNamespace
-from engines import plugins
+from engines.tensorrt import plugins
 
 Desc, Combination = type("TensorDesc", (), {}), type("AutoTuneCombination", (), {})
 Parameters, Integers = type("KernelLaunchParams", (), {}), type("SymIntExprs", (), {})
