@@ -59,7 +59,7 @@ class Inductor(Backend):
             return versions
         if (number := device.gpu(config)) is None:
             ours = Options.read(config).ours
-            return {**versions, **describe(), **({"kernels": native.fingerprint()} if ours else {})}
+            return {**versions, **describe(), **({"kernels": library.fingerprint()} if ours else {})}
         return {**versions, **dataclasses.asdict(gpus()[number])}  # a version of PyTorch has one of Triton
 
     def build(self, target: Target, directory: Path) -> None:

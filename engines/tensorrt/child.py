@@ -1,4 +1,4 @@
-"""What TensorRT does for long, in processes of its own.
+"""TensorRT's long tasks, each in a process of its own.
 
 The library crashes on some graphs (TensorRT-RTX 1.7.1: one tensor as query, key and value), asks nobody whether to go
 on for most of a build (half a minute at Stable Diffusion 1.5's size), and holds several times the weights in memory.
@@ -10,7 +10,6 @@ A child that can be killed makes these an EngineError, a Ctrl-C at once, and mem
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import os
 import signal
@@ -21,17 +20,17 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from engines.spec import EngineError
+from engines.tensorrt import build, measure
 
-TASKS = {"build": "engines.tensorrt.build", "measure": "engines.tensorrt.measure",
-         "inspect": "engines.tensorrt.measure"}
-"""Task → module whose function of that name takes the request and a stream for progress, and returns its result."""
+TASKS = {"build": build.build, "measure": measure.measure, "inspect": measure.inspect}
+"""Task → what takes the request, JSON values, and a stream for progress, and returns the task's result."""
 
 CHILD = "from engines.tensorrt.child import main; main()"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(task: str, request: Mapping[str, Any], failure: str) -> Any:
-    """The result of one of TASKS. Raises EngineError with what the child said, or `failure` and how it died."""
+    """Return the result of one of TASKS. Raises EngineError with what the child said, or `failure` and how it died."""
     from tqdm import tqdm
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
@@ -53,7 +52,7 @@ def run(task: str, request: Mapping[str, Any], failure: str) -> Any:
 
 
 def _follow(child: subprocess.Popen[str], request: Mapping[str, Any], bar: Any) -> dict[str, Any]:
-    """Show the child's progress; returns its last message, an empty one where it ended without a word."""
+    """Show the child's progress; return its last message, an empty one where it ended without a word."""
     assert child.stdin and child.stdout
     try:
         with child.stdin:
@@ -78,14 +77,13 @@ def _ending(status: int) -> str:
 
 
 def main() -> None:
-    """The child: one request from stdin, messages to stdout. What the library itself prints goes to stderr."""
+    """Run as the child: one request from stdin, messages to stdout. What the library itself prints goes to stderr."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     tell: IO[str] = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     asked = json.load(sys.stdin)
     try:
-        function = getattr(importlib.import_module(TASKS[asked["task"]]), asked["task"])
-        answer = {"result": function(asked["request"], tell)}
+        answer = {"result": TASKS[asked["task"]](asked["request"], tell)}
     except EngineError as e:
         answer = {"error": str(e)}
     print(json.dumps(answer), file=tell)

@@ -14,23 +14,24 @@ import numpy as np
 
 from engines.machine import gpu
 from engines.spec import EngineError
-from engines.tensorrt.build import PLAN, dims, logger, vendor
+from engines.tensorrt import vendor
+from engines.tensorrt.record import PLAN
 
 if TYPE_CHECKING:
     import tensorrt as rt
 
 ROUNDS, RUNS, WARM = 5, 20, 5
-"""Rounds in turn, runs that one round times together, and runs before it that are not timed."""
+"""Rounds in turn, runs that one round times together, and runs before these that are not timed."""
 
 
 def measure(request: Mapping[str, Any], tell: IO[str]) -> list[dict[str, Any]]:
-    """For each of the request's `directories`: rounds, seconds of a run in each of ROUNDS turns taken with the others.
+    """Time the plans of the request's `directories` in turn; return {rounds, difference} of each.
 
-    And difference, the relative RMS of its outputs from the first one's, of the worst output. flavour, gpu: as in
-    `engines.tensorrt.build.Request`. A plan is opened for its round alone, so that memory is that of one. Raises
-    EngineError for a plan that does not open or run.
+    rounds: seconds of a run, in each of ROUNDS turns. difference: relative RMS of its outputs from those of the first
+    plan, of the worst output. flavour, gpu: as in `engines.tensorrt.build.BuildRequest`. A plan is opened for its round
+    alone, so that memory is that of one. Raises EngineError for a plan that does not open or run.
     """
-    trt, number = vendor(request["flavour"]), request["gpu"]
+    trt, number = vendor.package(request["flavour"]), request["gpu"]
     gpu.select(number)
     figures: list[dict[str, Any]] = [{"rounds": [], "difference": 0.0} for _ in request["directories"]]
     first: dict[str, np.ndarray] = {}
@@ -50,19 +51,19 @@ def measure(request: Mapping[str, Any], tell: IO[str]) -> list[dict[str, Any]]:
 
 
 def inspect(request: Mapping[str, Any], tell: IO[str]) -> dict[str, Any]:
-    """What one plan of the request's `directory` is: layers with kernels and times, memory, weights that can change."""
-    trt, number = vendor(request["flavour"]), request["gpu"]
+    """Return what is in the plan of the request's `directory`: layers with times, memory, weights that can change."""
+    trt, number = vendor.package(request["flavour"]), request["gpu"]
     gpu.select(number)
     with _opened(trt, Path(request["directory"]), number) as (engine, context, enqueue, _):
         text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         times = _profile(trt, context, lambda: gpu.seconds(number, enqueue, 1))
-        weights = trt.Refitter(engine, logger(trt)).get_all_weights() if engine.refittable else []
+        weights = trt.Refitter(engine, vendor.log(trt)).get_all_weights() if engine.refittable else []
         return {"engine_layers": layers(text, times), "device_memory_bytes": engine.device_memory_size_v2,
                 "refittable": sorted(weights)}
 
 
 def difference(found: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray]) -> float:
-    """RMS of the difference over RMS of `first`, of the output where that is largest; infinite with NaN or Inf."""
+    """Return RMS of the difference over RMS of `first`, of the output where it is largest; infinite with NaN or Inf."""
     worst = 0.0
     for name, expected in first.items():
         wide = expected.astype(np.float64)
@@ -72,7 +73,7 @@ def difference(found: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray])
 
 
 def layers(text: str, times: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """What TensorRT's inspector says, one row a layer: name, kind, kernel, milliseconds (median of `times`).
+    """Return what TensorRT's inspector says, one row a layer: name, kind, kernel, milliseconds (median of `times`).
 
     An engine built without detail has names only; keys that the inspector leaves out are None.
     """
@@ -87,7 +88,7 @@ def layers(text: str, times: Mapping[str, Sequence[float]]) -> list[dict[str, An
 
 
 def _profile(trt: Any, context: rt.IExecutionContext, run: Callable[[], Any]) -> dict[str, list[float]]:
-    """Milliseconds of each layer in RUNS runs."""
+    """Return the milliseconds of each layer in RUNS runs."""
 
     class Profiler(trt.IProfiler):
         def __init__(self) -> None:
@@ -108,8 +109,8 @@ def _profile(trt: Any, context: rt.IExecutionContext, run: Callable[[], Any]) ->
 @contextlib.contextmanager
 def _opened(trt: Any, directory: Path, number: int) -> Iterator[
         tuple[rt.ICudaEngine, rt.IExecutionContext, Callable[[int], None], Callable[[], dict[str, np.ndarray]]]]:
-    """The engine of a plan, a context with seeded inputs, what enqueues one run, and what reads its outputs."""
-    log = logger(trt)
+    """Yield the engine of a plan, a context with seeded inputs, what enqueues one run, and what reads its outputs."""
+    log = vendor.log(trt)
     runtime: rt.Runtime = trt.Runtime(log)
     with open(directory / PLAN, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine: rt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
@@ -120,7 +121,8 @@ def _opened(trt: Any, directory: Path, number: int) -> Iterator[
     with contextlib.ExitStack() as stack:
         for n in range(engine.num_io_tensors):
             name = engine.get_tensor_name(n)
-            shape, dtype = dims(engine.get_tensor_shape(name)), np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
+            shape = vendor.dims(engine.get_tensor_shape(name))
+            dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
             rng = np.random.default_rng(zlib.crc32(name.encode()))
             values = (rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 256, shape)).astype(dtype)
             address = stack.enter_context(gpu.on_device(number, values))

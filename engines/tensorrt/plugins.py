@@ -33,7 +33,7 @@ Launches = Callable[[Sequence[Tensor], Mapping[str, Any], int], tuple[Launch, ..
 
 @dataclass(frozen=True)
 class Plugin:
-    """op: file of `kernels/`. inputs, output: the kernel's pointers, in its order.
+    """One kernel of ours as a node. op: its file of `kernels/triton/`. inputs, output: its pointers, in its order.
 
     launches: of (inputs, settings, architecture), any one of which computes it; the best first. images: the inputs and
     outputs that are pictures [images, channels, height, width], which may lie in channels-last memory.
@@ -52,7 +52,7 @@ def _attention(tensors: Sequence[Tensor], site: Mapping[str, Any], arch: int) ->
 
 
 def _group_norm(number: int, tensors: Sequence[Tensor], site: Mapping[str, Any], arch: int) -> tuple[Launch, ...]:
-    """The launch of that number of a group norm; negative numbers count from the last."""
+    """Return the launch of that number of a group norm; negative numbers count from the last."""
     x = tensors[0]
     affine = Tensor((x.shape[1],), site["affine"])
     launches = sites.group_norm(x, affine, affine, arch, groups=site["groups"], eps=site["eps"], silu=site["silu"],
@@ -73,17 +73,17 @@ PLUGINS = {
 
 
 def launches(name: str, tensors: Sequence[Tensor], site: str, arch: int) -> tuple[Launch, ...]:
-    """What node `name` with these inputs may launch. Raises KernelError for what its kernel cannot do."""
+    """Return what node `name` with these inputs may launch. Raises KernelError for a site that its kernel cannot do."""
     return PLUGINS[name].launches(tensors, json.loads(site), arch)
 
 
 def parts(site: str) -> tuple[int, ...]:
-    """Shape of the statistics that a split group norm hands from its first node to its second, float32."""
+    """Return the shape of the statistics that a split group norm hands from its first node to its second, float32."""
     return tuple(json.loads(site)["parts"])
 
 
 def code(name: str, tensors: Sequence[Tensor], site: str, arch: int, max_shared: int | None = None) -> Code:
-    """The kernel of a node and how it is launched, compiled for `arch` or taken from the cache of `kernels/aot/build.py`.
+    """Return the kernel of a node and how it is launched, compiled for `arch` or taken from the cache.
 
     max_shared: the most bytes of shared memory that it may need. Raises KernelError where there is no such kernel.
     """
@@ -95,7 +95,7 @@ def code(name: str, tensors: Sequence[Tensor], site: str, arch: int, max_shared:
 
 
 def layouts(name: str, site: str, dtype: str) -> str:
-    """Memory formats of inputs and output as `AutoTuneCombination` wants them: TensorRT's words, commas between.
+    """Return the memory formats of inputs and output as `AutoTuneCombination` wants them, commas between.
 
     HWC8 is channels-last memory whose channels are a multiple of 8, and the 16-bit format of TensorRT's convolutions.
     """
@@ -106,19 +106,13 @@ def layouts(name: str, site: str, dtype: str) -> str:
 
 
 def register(trt: Any, plugin: Any, arch: int, max_shared: int | None = None) -> None:
-    """Tell TensorRT in this process about PLUGINS, once; plugin: the module `tensorrt.plugin`.
-
-    Raises EngineError where this TensorRT has no ahead-of-time plugins.
-    """
-    if not hasattr(plugin, "aot_impl"):
-        raise EngineError(f"got TensorRT {trt.__version__} without ahead-of-time plugins, expected 10.13 or later; "
-                          "update it, or pass --attention native --norm native")
+    """Tell TensorRT in this process about PLUGINS, once; plugin: of `engines.tensorrt.vendor.plugin_package`."""
     for name in PLUGINS:
         _register(trt, plugin, name, arch, max_shared)
 
 
 def _register(trt: Any, plugin: Any, name: str, arch: int, max_shared: int | None) -> None:
-    """The three functions that `tensorrt.plugin` asks for. It reads parameters and annotations from signatures."""
+    """Register the three functions that `tensorrt.plugin` asks for; it reads signatures, annotations among them."""
     about, desc, node = PLUGINS[name], plugin.TensorDesc, f"{DOMAIN}::{name}"
     names = [pointer.removesuffix("_ptr") for pointer in about.inputs]
 
@@ -155,7 +149,7 @@ def _register(trt: Any, plugin: Any, name: str, arch: int, max_shared: int | Non
 
 def _signed(function: Callable[..., Any], inputs: Mapping[str, Any], attributes: Mapping[str, Any],
             rest: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
-    """`function` with the signature that `inspect` is to see: parameter name → annotation."""
+    """Return `function` with the signature that `inspect` is to see: parameter name → annotation."""
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
                   for name, kind in {**inputs, **attributes, **rest}.items()]
     function.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
