@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from engines.backend import Backend, Target
-from engines.store.places import user_cache
 from engines.check.tolerance import TOLERANCE
 from engines.machine.gpu import Gpu, gpus
 from engines.spec import EngineConfig, EngineError, TensorSpec
 from engines.store import sources
+from engines.store.places import user_cache
 from engines.tensorrt import choice, record, vendor
 from engines.tensorrt.build import BuildRequest
 from engines.tensorrt.engine import TensorRtEngine

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from engines import __main__ as cli
+from engines import store
 from engines.bundle import Bundle
 from engines.spec import EngineConfig, EngineError
-from engines import store
 from engines.store.choose import choose
 from engines.tensorrt import vendor
 from engines.tensorrt.backend import ENTERPRISE, RTX

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.spec import EngineError
 from engines import store
+from engines.spec import EngineError
 from tests.tools.tensorrt_cases import config, needs_rtx
 
 ROOT = Path(__file__).parents[3]

@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 import pytest
 
+from engines import store
 from engines.bundle import Bundle
 from engines.check import compare
 from engines.check.tolerance import TOLERANCE
 from engines.machine.gpu import Memory
 from engines.spec import EngineError
-from engines import store
 from engines.tensorrt.backend import ENTERPRISE
 from engines.tensorrt.record import ABOUT
 from tests.tools.tensorrt_cases import config, for_this_gpu
