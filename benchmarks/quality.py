@@ -119,8 +119,8 @@ def _draw(args: argparse.Namespace, scenes: Sequence[Scene], backend: str, dtype
                     for i, scene in enumerate(scenes)])
     pictures = [result.images[0] for result in results]
     verdicts = [check(np.asarray(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    return Drawn(pipe.config.backend, pipe.config.dtype, pictures, verdicts, results[0].timings["total"] / len(results) * 1000,
-                 options)
+    each = results[0].timings["total"] / len(results) * 1000
+    return Drawn(pipe.config.backend, pipe.config.dtype, pictures, verdicts, each, options)
 
 
 def _text(args: argparse.Namespace, scenes: Sequence[Scene], drawn: Drawn) -> str:

@@ -74,7 +74,8 @@ def top_level(names: Iterator[str]) -> set[str]:
 def imported_files(root: Path = ROOT) -> dict[str, set[str]]:
     """File → the files of ours that it imports, lazily or for its types too. A name of a package is its __init__.py,
     unless it is a file of it."""
-    trees = {name: tree for package in MAY_IMPORT if (root / package).is_dir() for name, tree in files_of(package, root).items()}
+    packages = [package for package in MAY_IMPORT if (root / package).is_dir()]
+    trees = {name: tree for package in packages for name, tree in files_of(package, root).items()}
     modules = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in trees}
     found: dict[str, set[str]] = {}
     for name, tree in trees.items():
@@ -168,7 +169,8 @@ def test_no_circle_of_imports():
                                  "def f():\n    from engines import b", "if TYPE_CHECKING:\n    from engines import b"])
 def test_a_circle_is_found(how, tmp_path):
     (tmp_path / "engines").mkdir()
-    for name, text in {"__init__": "", "a": how, "b": "from engines.d import x", "d": "import engines.a", "e": "import engines.a"}.items():
+    files = {"__init__": "", "a": how, "b": "from engines.d import x", "d": "import engines.a", "e": "import engines.a"}
+    for name, text in files.items():
         (tmp_path / "engines" / f"{name}.py").write_text(text, encoding="utf8")
     assert circles(imported_files(tmp_path)) == [[f"engines/{name}.py" for name in "abd"]]
 
@@ -192,7 +194,8 @@ def test_one_room_imports_each_vendor(vendor):
     files = [file for package in (*SLIM, "export") for file, tree in files_of(package).items()
              if vendor in top_level(imports(tree, lazy=True, types=False))]
     assert files and all(file.startswith(VENDORS[vendor]) for file in files), files
-    at_import = [file for file in files if vendor in top_level(imports(ast.parse((ROOT / file).read_text()), lazy=False))]
+    at_import = [file for file in files
+                 if vendor in top_level(imports(ast.parse((ROOT / file).read_text()), lazy=False))]
     assert not at_import
 
 

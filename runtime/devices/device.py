@@ -1,4 +1,4 @@
-"""What the loop asks of the place where engines run and its buffers are: a GPU (`cuda.py`), or this computer (`host.py`)."""
+"""What the loop asks of the place of its engines and buffers: a GPU (`cuda.py`), or this computer (`host.py`)."""
 
 from __future__ import annotations
 

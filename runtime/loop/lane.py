@@ -11,7 +11,7 @@ from runtime.loop.slots import Capacity, Slots
 
 
 class Engines(Protocol):
-    """What runs the steps of a loop: bound engines for a place, made and given their weights when they are asked for."""
+    """What runs the steps of a loop: bound engines for a place, made and given their weights when asked for."""
 
     def denoiser(self, place: Place, rows: int, variant: str) -> BoundEngine:
         """Return the denoiser of so many rows. variant: "frames" for one that attends to other frames of a video,
@@ -112,7 +112,7 @@ class Lane:
                 yield job
 
     def _open(self, jobs: Sequence[Job]) -> None:
-        """Take slots that hold all that wait while none is running; those of before, where they do and nobody rested."""
+        """Take slots that hold all that wait while none is running; those of before, where they do, unless rested."""
         needed = Capacity.of(jobs)
         if self._slots and self._slots.capacity.holds(needed):
             return

@@ -32,7 +32,7 @@ ROWS = 32
 """Tables are kept for a multiple of this many rows, so that another number of steps seldom needs other buffers."""
 
 RESIDUAL, STORE = "residual", "store"
-"""Groups of tensors: what ControlNets give to the denoiser, and whether a row attends to itself, as a first frame does."""
+"""Groups of tensors: what ControlNets give to the denoiser; whether a row attends to itself, as a first frame does."""
 
 DENOISER = ""
 """The denoiser's name where ControlNets have theirs."""
@@ -162,7 +162,8 @@ class Slots:
             jobs.append(job)
         return jobs
 
-    def prepare(self, denoiser: BoundEngine, nets: Mapping[str, BoundEngine], active: Sequence[tuple[int, Job]]) -> None:
+    def prepare(self, denoiser: BoundEngine, nets: Mapping[str, BoundEngine],
+                active: Sequence[tuple[int, Job]]) -> None:
         """Enqueue the copies of what the next evaluation of the active jobs reads.
 
         denoiser: of `count` rows, or of twice as many with the negative prompts first. nets: ControlNets of as many

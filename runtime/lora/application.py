@@ -56,7 +56,7 @@ class Loras:
         self._applied: WeakKeyDictionary[BoundEngine, _Applied] = WeakKeyDictionary()
 
     def read(self, loras: Sequence[Lora]) -> Stack:
-        """Return the stack of these LoRAs. Raises ValueError for a file that cannot be used, or does not fit the model."""
+        """Return the stack of these LoRAs. Raises ValueError for a file that is damaged, or does not fit the model."""
         return tuple((lora, self._read(lora)) for lora in loras)
 
     def fit(self, component: str, engine: BoundEngine, stack: Stack) -> BoundEngine:

@@ -1,4 +1,4 @@
-"""The denoiser, or a ControlNet, as one engine or in parts: what depends on the text alone, on the time alone, the rest."""
+"""The denoiser, or a ControlNet, as one engine or in parts: what depends on the text, what on the time, the rest."""
 
 from __future__ import annotations
 

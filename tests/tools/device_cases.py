@@ -210,7 +210,7 @@ def mixed() -> list[Job]:
 
 
 def expected(job: Job, steps: int | None = None) -> np.ndarray:
-    """The latents of one job after so many evaluations, one by one in numpy by `kernels.host.step`; `job` is used up."""
+    """The latents of one job after so many evaluations, one by one by `kernels.host.step`; `job` is used up."""
     state = job.state.copy()
     text = job.fixed["text"][:, 1, 2]
     for i in range(job.table.rows if steps is None else steps):

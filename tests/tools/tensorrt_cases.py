@@ -17,7 +17,7 @@ without_gpu = pytest.mark.skipif(why_no_gpu() is None, reason="is about a machin
 
 
 def config(bundle: Bundle, component: str = "unet", **rest: Any) -> EngineConfig:
-    """Return a config of two rows of 64x64 pixels for TensorRT-RTX on sm_89, in the graph's precision, but for `rest`."""
+    """Return a config of two rows of 64x64 pixels, TensorRT-RTX on sm_89 in the graph's precision, but for `rest`."""
     values = {"backend": "tensorrt-rtx", "device": "sm_89", "size": (64, 64), "batch": 2,
               "dtype": bundle.component(component).dtype}
     return bundle.config(component, **{**values, **rest})

@@ -29,8 +29,8 @@ def test_the_loop_runs_on_cuda_core_with_a_driver_that_stands_in(tmp_path: Path,
     subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", driver, ROOT / "tests" / "fake_driver.c", "-ldl"],
                    check=True)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
-    done = subprocess.run([sys.executable, "-m", "tests.tools.emulated", driver, kernels], cwd=ROOT, text=True, check=False,
-                          capture_output=True, env={**os.environ, "LD_LIBRARY_PATH": path})
+    done = subprocess.run([sys.executable, "-m", "tests.tools.emulated", driver, kernels], cwd=ROOT, text=True,
+                          check=False, capture_output=True, env={**os.environ, "LD_LIBRARY_PATH": path})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["jobs_end_where_each_ends_alone", "a_refit_reaches_what_was_captured",
                                    "pictures_are_those_of_numpy", "memory_goes_there_and_back"]

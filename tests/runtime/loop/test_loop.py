@@ -1,4 +1,4 @@
-"""The loop as it is stepped: jobs that join while it runs, in lanes of their own, with other weights, from other threads."""
+"""The loop as it is stepped: jobs that join while it runs, in lanes of their own, with other weights, from threads."""
 
 from __future__ import annotations
 

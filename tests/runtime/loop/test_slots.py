@@ -1,6 +1,7 @@
 """The loop over slots: jobs that differ in everything against each alone in numpy, on every place that it can run here.
 
-What runs on a GPU differs from `TorchHost` in where the arrays are and in who compiled the ops (tests/runtime/devices/test_cuda.py).
+What runs on a GPU differs from `TorchHost` in where the arrays are and in who compiled the ops
+(tests/runtime/devices/test_cuda.py).
 """
 
 from __future__ import annotations

@@ -212,7 +212,8 @@ def test_only_weights_that_differ_are_refitted(bundles, peft, kohya):
     assert loras.fit("unet_text", engine, stack) is engine and loras.fit("unet_text", engine, stack) is engine
     (first,) = engine.calls
     assert set(first) == set(base) == {name for name in base if re.search(r"attn2\.to_[kv]\.weight", name)}
-    assert loras.fit("vae_decoder", Noted(), stack).calls == [] and loras.fit("text_encoder", Noted(), stack).calls == []
+    for untouched in ("vae_decoder", "text_encoder"):
+        assert loras.fit(untouched, Noted(), stack).calls == []
     loras.fit("unet_text", engine, ())
     assert set(engine.calls[1]) == set(first)
     assert all(np.array_equal(engine.calls[1][name], base[name]) for name in first)
