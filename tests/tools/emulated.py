@@ -1,6 +1,6 @@
 """The runtime's GPU side without a GPU: cuda.core on a stand-in for the driver, kernels in numpy.
 
-    python -m tests.tools.emulated DRIVER KERNELS    by tests/runtime/devices/test_emulated.py, with DRIVER as libcuda.so.1
+    python -m tests.tools.emulated DRIVER KERNELS    with DRIVER as libcuda.so.1, by tests/runtime/devices/
 
 What is real: `runtime.devices.cuda.Cuda`, slots, graphs, `kernels.launch`, artefacts, cuda.core. What is not: the GPU,
 so nothing is asynchronous, and the kernels, whose arguments are read as the GPU would and given to `kernels.host.ops`.
