@@ -17,10 +17,11 @@ from engines import Bundle
 from runtime.config import PipelineConfig
 from runtime.loop.job import Job, Place
 from runtime.loop.loop import Loop
+from runtime.loop.watch import Watch
 from runtime.networks.networks import Networks
 from runtime.networks.shelf import Shelf
 from runtime.request.plan import Plan, plan
-from runtime.request.request import Request, Step
+from runtime.request.request import Request
 from runtime.request.result import Result
 from runtime.request.task import blank
 from runtime.tasks import Model, jobs, paste
@@ -83,14 +84,13 @@ class Pipeline:
         start = time.perf_counter()
         with self._lock:
             begun = self._begin(plans)
-        encoded = time.perf_counter()
+        ready = time.perf_counter()
         self._denoise(begun)
         denoised = time.perf_counter()
         drawn = [[job for job in begun if job.request_index == i] for i in range(len(plans))]
         images, withheld = self._finish(plans, drawn)
         end = time.perf_counter()
-        timings = {"text": encoded - start, "denoise": denoised - encoded, "decode": end - denoised,
-                   "total": end - start}
+        timings = {"text": ready - start, "denoise": denoised - ready, "decode": end - denoised, "total": end - start}
         return [Result(planned.request, tuple(images[i]), np.stack([j.latents for j in drawn[i]]), timings,
                        any(j.cancelled for j in drawn[i]), tuple(withheld[i]), planned.rate, planned.names)
                 for i, planned in enumerate(plans)]
@@ -129,44 +129,19 @@ class Pipeline:
     def _denoise(self, begun: list[Job]) -> None:
         """Submit the jobs to the loop, and step it until they have ended; other threads' jobs may take part."""
         with self._bar(total=sum(job.table.rows for job in begun), desc="denoise", unit="step") as bar:
-            raised: list[Exception] = []
+            watch = Watch(begun, bar, self.networks.first_stage.picture)
             for job in begun:
-                job.after_step = self._after_step(begun, bar, raised)
                 self._loop.submit(job)
             try:
                 while not all(job.ended for job in begun):
                     with self._lock:
                         self._loop.step()
             except BaseException:
-                for job in begun:
-                    job.cancelled = True  # whoever steps next lets them go
+                watch.cancel()
                 raise
-        for error in (*raised, *(job.error for job in begun if job.error)):
-            raise error
+        watch.check()
 
-    def _after_step(self, begun: list[Job], bar: tqdm, raised: list[Exception]) -> Callable[[Job], None]:
-        """Return what is called after every evaluation of a job: the bar, and the request's own callback.
-
-        What that raises ends the call, and no other that runs at the same time.
-        """
-        def after_step(job: Job) -> None:
-            bar.update()
-            if (callback := job.request.on_step) is None or raised:
-                return
-            step = Step(job.image, job.row, job.table.rows, float(job.table.timesteps[job.row - 1]), job.latents,
-                        lambda: self.networks.first_stage.picture(job.latents))
-            try:
-                ends = [job.request_index] if callback(step) is False else []
-            except Exception as e:
-                raised.append(e)
-                ends = [other.request_index for other in begun]
-            for other in begun:
-                other.cancelled |= other.request_index in ends
-
-        return after_step
-
-    def _finish(self, plans: Sequence[Plan],
-                drawn: list[list[Job]]) -> tuple[list[list[Image.Image]], list[list[int]]]:
+    def _finish(self, plans: Sequence[Plan], drawn: list[list[Job]]) -> tuple[list[list[Image.Image]], list[list[int]]]:
         """Decode the pictures of every request, and say which of them were withheld."""
         images: list[list[Image.Image]] = [[] for _ in drawn]
         withheld: list[list[int]] = [[] for _ in drawn]

@@ -29,8 +29,7 @@ from engines.store.places import user_cache
 from engines.tensorrt import choice, record, vendor
 from engines.tensorrt.build import BuildRequest
 from engines.tensorrt.engine import TensorRtEngine
-from engines.tensorrt.kinds import KINDS
-from engines.tensorrt.options import Options
+from engines.tensorrt.options import KINDS, Options
 
 
 @dataclass(frozen=True)

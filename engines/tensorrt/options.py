@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from engines.spec import EngineError
 from engines.tensorrt import vendor
-from engines.tensorrt.kinds import KINDS
 
+KINDS = {"attention": "Attention", "norm": "GroupNormalization"}
+"""Kind of site that can be nodes of our own in an engine → the operator that is one."""
 CHOICES = ("ours", "vendor", "auto")
 """Whose kernels sites of one kind get: ours, as plugins, TensorRT's, or those that a build measures to be faster."""
 EXPECTED = {**dict.fromkeys(KINDS, "ours, vendor or auto"), "refit": "true or false", "stripped": "true or false",

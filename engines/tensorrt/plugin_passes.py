@@ -15,7 +15,7 @@ from engines.onnx import model as onnx_model
 from engines.onnx import patterns
 from engines.onnx.patterns import SWAP, attribute, is_op, is_swap
 from engines.tensorrt import plugins
-from engines.tensorrt.kinds import KINDS
+from engines.tensorrt.options import KINDS
 from kernels.aot import specialise as sites
 from kernels.aot.artefact import KernelError
 from kernels.aot.specialise import Tensor

@@ -15,8 +15,8 @@ import torch
 from kernels.aot.artefact import KernelError
 from kernels.calls import call
 from kernels.triton import accumulate, guidance_step, step_input, to_image
-from tests.tools.kernel_cases import DEVICE, random
-from tests.tools.step_cases import check_guidance, copied, guidance_arguments, input_arguments
+from tests.cases.step import check_guidance, copied, guidance_arguments, input_arguments
+from tests.cases.triton import DEVICE, random
 
 
 def run(op: str, kernel: Any, constants: dict[str, int], tensors: dict[str, torch.Tensor]) -> None:

@@ -83,7 +83,7 @@ def test_the_cubin_of_to_image_gives_the_bytes_of_its_reference(for_this_gpu: tu
 def test_the_cubin_of_guidance_step_matches_its_reference(for_this_gpu: tuple[Path, str], dtype: str,
                                                           memory: int) -> None:
     from kernels.launch import Kernel
-    from tests.tools.step_cases import check_guidance, copied, guidance_arguments
+    from tests.cases.step import check_guidance, copied, guidance_arguments
 
     artefact = Artefact.read(for_this_gpu[0], f"guidance_step_{dtype}_memory{memory}", for_this_gpu[1])
     arguments = guidance_arguments(images=2, memory=memory, latent=(4, 64, 64), dtype=dtype)

@@ -29,8 +29,8 @@ from runtime.loop.job import Place
 from runtime.loop.loop import Loop
 from runtime.loop.slots import Capacity
 from runtime.networks.first_stage import PictureDecoder
+from tests.cases.devices import Wave, Waves, expected, job, mixed, run
 from tests.tolerances import SCHEDULER_REL
-from tests.tools.device_cases import Wave, Waves, expected, job, mixed, run
 
 LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_uint] * 3, ctypes.POINTER(ctypes.c_void_p))
 GRAPH = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_ssize_t)

@@ -18,7 +18,7 @@ from engines.tensorrt.backend import ENTERPRISE, RTX
 from engines.tensorrt.record import ABOUT, PLAN
 from export.__main__ import main as export_main
 from models import tiny
-from tests.tools.tensorrt_cases import config, needs_rtx, without_gpu
+from tests.cases.tensorrt import config, needs_rtx, without_gpu
 
 pytestmark = needs_rtx
 

@@ -17,7 +17,7 @@ from engines.tensorrt import choice, vendor
 from engines.tensorrt.backend import RTX
 from engines.tensorrt.build import parse
 from engines.tensorrt.record import ABOUT, PLAN
-from tests.tools.tensorrt_cases import config, needs_rtx, unet_request, without_gpu
+from tests.cases.tensorrt import config, needs_rtx, unet_request, without_gpu
 
 ROOT = Path(__file__).parents[3]
 

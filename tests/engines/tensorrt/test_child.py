@@ -14,7 +14,7 @@ import pytest
 
 from engines import store
 from engines.spec import EngineError
-from tests.tools.tensorrt_cases import config, needs_rtx
+from tests.cases.tensorrt import config, needs_rtx
 
 ROOT = Path(__file__).parents[3]
 

@@ -15,7 +15,7 @@ from engines.machine.gpu import Memory
 from engines.spec import EngineError
 from engines.tensorrt.backend import ENTERPRISE
 from engines.tensorrt.record import ABOUT
-from tests.tools.tensorrt_cases import config, for_this_gpu
+from tests.cases.tensorrt import config, for_this_gpu
 
 
 @pytest.mark.gpu

@@ -10,8 +10,8 @@ from engines.tensorrt import vendor
 from engines.tensorrt.backend import ENTERPRISE, RTX
 from engines.tensorrt.options import Options
 from export.__main__ import main as export_main
+from tests.cases.tensorrt import needs_rtx
 from tests.tools.small import small_bundle
-from tests.tools.tensorrt_cases import needs_rtx
 
 
 @needs_rtx

@@ -32,8 +32,8 @@ from engines.tensorrt.plugin_passes import rewrite, rewritten
 from kernels.aot import specialise as sites
 from kernels.aot.artefact import SCRATCH, Artefact, KernelError
 from kernels.aot.specialise import Tensor
+from tests.cases.triton import DEVICE
 from tests.tolerances import ENGINE_REL_RMS
-from tests.tools.kernel_cases import DEVICE
 from tests.tools.small import small_bundle
 
 ROOT = Path(__file__).resolve().parents[3]

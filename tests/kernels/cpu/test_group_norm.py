@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels.cpu import cpp, library
-from tests.tools.cpu_cases import DTYPES, largest, normal, passes, poisoned, to_torch
+from tests.cases.cpu import DTYPES, largest, normal, passes, poisoned, to_torch
 
 if reason := library.available():
     pytest.skip(reason, allow_module_level=True)

@@ -8,7 +8,7 @@ import torch
 from kernels import calls
 from kernels.host import ops
 from kernels.triton import guidance_step, to_image
-from tests.tools.step_cases import guidance_arguments
+from tests.cases.step import guidance_arguments
 
 
 def test_everything_that_the_runtime_launches_has_a_twin() -> None:

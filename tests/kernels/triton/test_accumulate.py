@@ -10,7 +10,7 @@ import torch
 
 from kernels.host import ops
 from kernels.triton import accumulate as op
-from tests.tools.kernel_cases import DEVICE, random
+from tests.cases.triton import DEVICE, random
 
 
 @pytest.mark.parametrize("numbers", [1, op.BLOCK, 2 * op.BLOCK + 7])

@@ -11,7 +11,7 @@ import torch
 from benchmarks import cases
 from kernels.triton import attention as op
 from kernels.triton.checks import archs_of
-from tests.tools.kernel_cases import DEVICE, DTYPES, check, poisoned, random
+from tests.cases.triton import DEVICE, DTYPES, check, poisoned, random
 
 SMALL: dict[str, Any] = {  # batch, queries, keys, heads, head dim, causal
     "minimal": (1, 1, 1, 1, 16, False), "one-key": (2, 5, 1, 2, 40, False), "odd": (2, 19, 35, 3, 40, False),

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import cases
 from kernels.triton import geglu as op
-from tests.tools.kernel_cases import DEVICE, DTYPES, check, poisoned, random
+from tests.cases.triton import DEVICE, DTYPES, check, poisoned, random
 
 SMALL = {"minimal": (1, 2), "odd": (7, 74), "sd15": (11, 2560), "one-tile": (8, 512), "batch": (2, 5, 600),
          "vector": (20,)}

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import cases
 from kernels.triton import group_norm as op
-from tests.tools.kernel_cases import DEVICE, DTYPES, check, random
+from tests.cases.triton import DEVICE, DTYPES, check, random
 
 SMALL = {  # shape, groups; those that do not fit in registers are split
     "minimal": ((1, 1, 1, 1), 1), "one-position": ((2, 32, 1, 1), 4), "odd": ((3, 15, 5, 7), 5),

@@ -10,10 +10,10 @@ from kernels.host.step import advance, guide, initial_state
 from kernels.host.step_table import fitting_memory, pack
 from kernels.triton import guidance_step as op
 from runtime.schedulers import Table, make_table, names
+from tests.cases.step import Arguments, copied
+from tests.cases.triton import DEVICE
 from tests.runtime.schedulers.test_schedulers import STABLE
 from tests.tolerances import SCHEDULER_REL
-from tests.tools.kernel_cases import DEVICE
-from tests.tools.step_cases import Arguments, copied
 
 
 def model(sample: np.ndarray, timestep: float) -> np.ndarray:

@@ -7,8 +7,8 @@ import torch
 
 from kernels.host.step_table import CLIP, DRAW, MEMORIES
 from kernels.triton import guidance_step as op
-from tests.tools.kernel_cases import DTYPES
-from tests.tools.step_cases import UPDATED, check_guidance, copied, guidance_arguments
+from tests.cases.step import UPDATED, check_guidance, copied, guidance_arguments
+from tests.cases.triton import DTYPES
 
 
 @pytest.mark.parametrize("latent", [(1, 1, 2), (3, 5, 7), (4, 16, 16), (4, 36, 32)],

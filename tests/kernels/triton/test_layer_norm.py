@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import cases
 from kernels.triton import layer_norm as op
-from tests.tools.kernel_cases import DEVICE, DTYPES, check, poisoned, random
+from tests.cases.triton import DEVICE, DTYPES, check, poisoned, random
 
 SMALL = {"minimal": (1, 1), "odd": (7, 37), "sd15": (33, 320), "exact": (4, 1024), "batch": (2, 5, 640),
          "vector": (768,), "long": (2, 5000)}

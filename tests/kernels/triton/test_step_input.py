@@ -9,8 +9,8 @@ import torch
 from kernels.host import ops
 from kernels.host.step_table import INPUT_SCALE
 from kernels.triton import step_input as op
-from tests.tools.kernel_cases import DTYPES
-from tests.tools.step_cases import SPACE, copied, input_arguments
+from tests.cases.step import SPACE, copied, input_arguments
+from tests.cases.triton import DTYPES
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])

@@ -8,7 +8,7 @@ import torch
 
 from kernels.host import ops
 from kernels.triton import to_image as op
-from tests.tools.kernel_cases import DEVICE, DTYPES
+from tests.cases.triton import DEVICE, DTYPES
 
 LAYOUTS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 POISON = 0xA5

@@ -23,9 +23,9 @@ from runtime.loop.job import Job, Place
 from runtime.loop.lane import Lane
 from runtime.loop.loop import Loop
 from runtime.loop.slots import AHEAD
+from tests.cases.devices import Wave, Waves, expected, expected_video, job, mixed, run, video
 from tests.conftest import Lazy, why_no_gpu
 from tests.tolerances import IMAGE_MAX, SCHEDULER_REL
-from tests.tools.device_cases import Wave, Waves, expected, expected_video, job, mixed, run, video
 
 pytestmark = pytest.mark.gpu
 SECOND = 1_500_000_000

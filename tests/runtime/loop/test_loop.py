@@ -12,8 +12,8 @@ from runtime.devices.device import Device
 from runtime.devices.host import Host
 from runtime.loop.job import Job, Place
 from runtime.loop.loop import Loop
+from tests.cases.devices import Deferred, TorchHost, Waves, expected, job, mixed, run
 from tests.tolerances import SCHEDULER_REL
-from tests.tools.device_cases import Deferred, TorchHost, Waves, expected, job, mixed, run
 
 PLACES = {"numpy": Host, "torch": TorchHost, "deferred": Deferred}
 

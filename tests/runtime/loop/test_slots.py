@@ -19,9 +19,7 @@ from runtime.loop.job import Job
 from runtime.loop.loop import Loop
 from runtime.loop.slots import AHEAD, Capacity
 from runtime.request.control import Conditions
-from tests.conftest import Lazy
-from tests.tolerances import BATCH_IMAGE_MAX, SCHEDULER_REL
-from tests.tools.device_cases import (
+from tests.cases.devices import (
     LATENT,
     Deferred,
     TorchHost,
@@ -35,6 +33,8 @@ from tests.tools.device_cases import (
     video,
     waves,
 )
+from tests.conftest import Lazy
+from tests.tolerances import BATCH_IMAGE_MAX, SCHEDULER_REL
 
 PLACES = {"numpy": Host, "torch": TorchHost, "deferred": Deferred}
 

@@ -6,7 +6,7 @@ import torch
 
 from kernels.host.step_table import DRAW, time_columns, width
 from kernels.triton import guidance_step
-from tests.tools.kernel_cases import DEVICE, DTYPES
+from tests.cases.triton import DEVICE, DTYPES
 
 UPDATED = ("state", "sample", "timestep")
 """What guidance_step writes, beside its counters."""
