@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from engines.onnx.patterns import only_user
 from engines.spec import TensorSpec
 from export.errors import ExportError
 
@@ -121,9 +122,9 @@ def _product(graph: ir.Graph, weight: str) -> ir.Node:
     """Find the node that multiplies by a weight, transposed or not."""
     value = graph.initializers.get(weight)
     while value is not None:
-        users = list(value.consumers())
-        if len(users) == 1 and users[0].op_type == "MatMul":
-            return users[0]
-        value = users[0].outputs[0] if len(users) == 1 and users[0].op_type == "Transpose" else None
+        if product := only_user(value, "MatMul"):
+            return product
+        transpose = only_user(value, "Transpose")
+        value = transpose.outputs[0] if transpose else None
     raise ExportError(f"{graph.name}: the graph has no product with {weight}, expected one; this version of PyTorch or "
                       "diffusers computes it in another way")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from engines.onnx.patterns import attribute, is_op
 from engines.spec import TensorSpec
 from export.errors import ExportError
 
@@ -21,8 +22,8 @@ def add_residuals(residuals: Sequence[TensorSpec], model: ir.Model) -> int:
     as there are residuals.
     """
     common.ShapeInferencePass()(model)  # for the dtypes
-    joins = [node for node in model.graph if node.op_type == "Concat" and len(node.inputs) == 2
-             and node.attributes["axis"].as_int() == 1][1 - len(residuals):]
+    joins = [node for node in model.graph if is_op(node, "Concat") and len(node.inputs) == 2
+             and attribute(node, "axis") == 1][1 - len(residuals):]
     if len(joins) != len(residuals) - 1:
         raise ExportError(f"{model.graph.name}: the graph joins {len(joins)} skip connections, expected "
                           f"{len(residuals) - 1}; this version of PyTorch or diffusers computes it in another way")
