@@ -1,4 +1,4 @@
-"""Draw docs/tasks.png: what pictures, masks, hints, videos and LoRAs do to the model that ships.
+"""Draw docs/images/tasks.png: what pictures, masks, hints, videos and LoRAs do to the model that ships.
 
     python -m docs.pictures                                   # exports models/shapes to a temporary bundle first
 
@@ -191,7 +191,7 @@ def figure(sections: Sequence[tuple[str, Sequence[Row]]]) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the figure of what pictures, masks, hints, videos and LoRAs do.")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs/tasks.png")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs/images/tasks.png")
     with tempfile.TemporaryDirectory() as folder:
         output, bundle = parser.parse_args().output, Path(folder) / "shapes.bundle"
         export(ROOT / "models/shapes", bundle, progress=False)

@@ -1,7 +1,7 @@
 // Group norm for CPUs with AMX: AVX-512 with its instruction that rounds to bfloat16.
-#include "vector_avx512.h"
+#include "vector/avx512.h"
 
-#include "group_norm_vector.h"
+#include "vector/group_norm.h"
 
 namespace latentrt {
 

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "exponential.h"
+#include "vector/exponential.h"
 #include "kernels.h"
 
 namespace {

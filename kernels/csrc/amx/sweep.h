@@ -6,8 +6,8 @@
 // three at once. What they share lies in a few KiB of scratch that stay in the first cache.
 #pragma once
 
-#include "amx_softmax.h"
-#include "amx_tiles.h"
+#include "amx/softmax.h"
+#include "amx/tiles.h"
 
 namespace latentrt {
 namespace {

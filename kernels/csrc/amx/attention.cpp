@@ -1,7 +1,7 @@
 // Flash attention in bfloat16 on AMX tiles: packing, sweeps over a head's keys, the division by the sums.
-#include "amx_softmax.h"
-#include "amx_sweep.h"
-#include "amx_tiles.h"
+#include "amx/softmax.h"
+#include "amx/sweep.h"
+#include "amx/tiles.h"
 #include "kernels.h"
 
 namespace latentrt {

@@ -13,7 +13,7 @@
 
 #include <cmath>
 
-#include "amx_tiles.h"
+#include "amx/tiles.h"
 
 namespace latentrt {
 namespace {

@@ -1,9 +1,9 @@
 // The vector kernels compiled for AVX-512.
-#include "vector_avx512.h"
+#include "vector/avx512.h"
 
-#include "attention_vector.h"
-#include "group_norm_vector.h"
-#include "low_rank_vector.h"
+#include "vector/attention.h"
+#include "vector/group_norm.h"
+#include "vector/low_rank.h"
 
 namespace latentrt {
 
