@@ -1,5 +1,8 @@
 """What the tests of every backend and of the store share: backends, engines of the small bundle, its UNet in torch."""
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 import pytest
@@ -59,3 +62,15 @@ def bound(engine, seed=0):
     buffers = {**compare.inputs(engine.inputs.values(), seed), **{n: s.empty() for n, s in engine.outputs.items()}}
     engine.bind(buffers)
     return buffers
+
+
+@contextlib.contextmanager
+def without_backend(name: str) -> Iterator[None]:
+    """A version of latentrt that does not have a backend, in the block."""
+    before = dict(engines.BACKENDS)
+    del engines.BACKENDS[name]
+    try:
+        yield
+    finally:
+        engines.BACKENDS.clear()
+        engines.BACKENDS.update(before)

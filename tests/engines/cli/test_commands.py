@@ -16,7 +16,7 @@ import engines
 from engines import __main__ as cli
 from engines import store
 from engines.cli.kernel_options import kernel_options
-from tests.engines.cases import config
+from tests.engines.cases import config, without_backend
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
@@ -58,8 +58,7 @@ def test_list_shows_stale_and_damaged_engines(bundle, capsys, monkeypatch):
         patch.setattr(module, "versions", lambda c=None, real=module.versions: {**real(c), "openvino": "9"})
         assert 'stale: versions.openvino: ' in run(capsys, "list", bundle.path)[1]
         assert run(capsys, "verify", bundle.path)[0] == 0
-    with monkeypatch.context() as patch:
-        patch.delitem(engines.BACKENDS, "openvino")
+    with without_backend("openvino"):
         assert "unusable here: backend: got 'openvino'" in run(capsys, "list", bundle.path)[1]
     (path / "engine.json").write_text("[]")
     assert "damaged: " in run(capsys, "list", bundle.path)[1]
@@ -122,7 +121,7 @@ def test_verify_shows_figures_of_an_engine_that_fails(bundle, capsys, monkeypatc
         return engine
 
     monkeypatch.setattr(module, "load", load)
-    status, out = run(capsys, "verify", bundle.path, "--json")
+    status, out, _ = run(capsys, "verify", bundle.path, "--json")
     found = next(check for check in json.loads(out)["checks"] if check["name"] == path.name)
     assert status == 1 and "differs from onnxruntime fp32 on cpu by 1.00e-02" in found["error"]
     figures = found["outputs"]["noise_pred"]

@@ -19,6 +19,7 @@ from engines.store import choose as choice
 from engines.store.choose import choose
 from runtime.__main__ import main as draw
 from tests.conftest import why_no_gpu
+from tests.engines.cases import without_backend
 from tests.tools.small import small_bundle
 
 pytest.importorskip("onnxruntime")
@@ -133,16 +134,16 @@ def test_a_gpu_goes_before_the_cpu_where_it_can_run(bundle, monkeypatch):
         choose(device="cuda:0")
 
 
-def test_backends_that_this_version_does_not_have_are_passed_over(monkeypatch):
-    monkeypatch.delitem(engines.BACKENDS, "openvino")
-    assert choose(device="cpu")[:1] == ("onnxruntime",)
+def test_backends_that_this_version_does_not_have_are_passed_over():
+    with without_backend("openvino"):
+        assert choose(device="cpu")[:1] == ("onnxruntime",)
 
 
 def test_nothing_that_can_be_used_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.delitem(engines.BACKENDS, "inductor")
-    with pytest.raises(EngineError, match=r"no engine can be used on cpu: .*pip install openvino.*pip install onnxr"):
+    message = r"no engine can be used on cpu: .*pip install openvino.*pip install onnxr"
+    with without_backend("inductor"), pytest.raises(EngineError, match=message):
         choose(device="cpu")
 
 

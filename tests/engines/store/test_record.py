@@ -66,7 +66,7 @@ def change_sources(monkeypatch):
     (lambda r: r.update(format=99), "got engine format 99, expected 3; build it again"),
     (lambda r: r.update(surprise=1), r"unknown keys \['surprise'\]"),
     (lambda r: r.pop("files"), r"missing keys \['files'\]"),
-    (lambda r: r.pop("config"), "not a readable engine record"),
+    (lambda r: r.pop("config"), r"missing keys \['config'\]"),
     (lambda r: r["config"].update(surprise=1), "unknown keys"),
 ], ids=["newer", "unknown", "missing", "no-config", "unknown-config"])
 def test_a_damaged_record_names_the_command(bundle, change, message):
