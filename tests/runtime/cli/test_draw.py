@@ -59,7 +59,7 @@ def test_json_tells_files_seeds_and_seconds(draw, capsys, tmp_path):
 
 def test_json_tells_why_a_backend_was_chosen(draw, capsys):
     assert draw("--json") == 0
-    assert "UNet call" in (why := json.loads(capsys.readouterr().out)["chosen"]) or why == "asked for"
+    assert "a step" in (why := json.loads(capsys.readouterr().out)["chosen"]) or why == "asked for"
     assert draw("--json", "--force", "--dtype", "auto", "-v") == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "fp32"
 

@@ -14,9 +14,9 @@ import pytest
 from diffusers import ControlNetModel
 from PIL import Image
 
+import engines
 from engines import Bundle
 from engines.bundle import write_manifest
-from engines.onnxruntime import backend
 from export.attach import attach
 from models import tiny
 from runtime import Control, Pipeline, Request
@@ -162,7 +162,7 @@ def mixed() -> list[Request]:
 @pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
 def test_a_batch_is_each_alone(ours, path, parts, monkeypatch):
     """Where one image uses a net and its neighbour does not, the neighbour's is as if there were none."""
-    monkeypatch.setattr(backend, "in_parts", parts)
+    monkeypatch.setattr(engines.backend("onnxruntime"), "in_parts", parts)
     batch = Pipeline.load(path, "onnxruntime", size=SIZE, batch=2, progress=False)
     for together, request in zip(batch(mixed()), mixed(), strict=True):
         got, alone = (ours.decode(result.latents) for result in (together, ours(request)))
