@@ -23,7 +23,7 @@ class Bar:
 
     @property
     def ours(self) -> bool:
-        """Whether it is latentrt's."""
+        """Return whether it is latentrt's."""
         return self.name.startswith("latentrt")
 
 

@@ -52,7 +52,7 @@ class Difference:
 
     @property
     def finite(self) -> bool:
-        """Whether every value of the array is finite."""
+        """Return whether every value of the array is finite."""
         return not (self.nan or self.inf)
 
     def to_json(self) -> dict[str, float | int | None]:

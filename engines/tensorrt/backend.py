@@ -41,7 +41,7 @@ class Flavour(Backend):
 
     @property
     def rtx(self) -> bool:
-        """Whether it is TensorRT-RTX."""
+        """Return whether it is TensorRT-RTX."""
         return self.name == vendor.RTX
 
     def available(self) -> str | None:

@@ -147,7 +147,7 @@ class StableDiffusion:
 
     @property
     def prediction(self) -> str:
-        """One of PREDICTIONS: what the UNet predicts."""
+        """Return one of PREDICTIONS: what the UNet predicts."""
         return str(self.scheduler.get("prediction_type", "epsilon"))
 
     @property

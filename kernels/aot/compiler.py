@@ -127,7 +127,7 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _start_worker(scratch: str) -> None:
-    """In a new process: keep every temporary file in `scratch`, and the names of files out of the code."""
+    """Prepare a new process: keep every temporary file in `scratch`, and the names of files out of the code."""
     from triton import knobs
 
     assemble.fix_addresses()

@@ -34,7 +34,7 @@ class Worker:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that reports and saves."""
+        """Return whether it is the one that reports and saves."""
         return self.rank == 0
 
     def autocast(self) -> torch.autocast:

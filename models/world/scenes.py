@@ -83,12 +83,12 @@ class Scene:
 
     @property
     def unseen(self) -> bool:
-        """Whether it holds a shape-colour pair that never occurs in training."""
+        """Return whether it holds a shape-colour pair that never occurs in training."""
         return any((o.shape, o.colour) in UNSEEN_PAIRS for o in self.objects)
 
     @property
     def held_out(self) -> bool:
-        """Whether training must not meet its caption, in any wording and from either end of the chain."""
+        """Return whether training must not meet its caption, in any wording and from either end of the chain."""
         key = min(_key(self), _key(self.reversed()))
         return self.unseen or zlib.crc32(key.encode()) % _HELD_OUT_EVERY == 0
 

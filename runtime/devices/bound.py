@@ -70,7 +70,7 @@ class BoundEngine:
 
 
 def layout(specs: Iterable[TensorSpec]) -> tuple[dict[str, int], int]:
-    """Where each of the resolved `specs` begins in one block, and its size, both in float32 numbers."""
+    """Return where each of the resolved `specs` begins in one block, and its size, both in float32 numbers."""
     offsets, end = {}, 0
     for spec in specs:
         offsets[spec.name] = end // 4

@@ -187,7 +187,7 @@ class Cuda:
         return blocks.popleft()
 
     def _give_back(self, block: _Pinned) -> None:
-        """For use after the copies that are enqueued by now."""
+        """Give it back for use after the copies that are enqueued by now."""
         block.copied = self.stream.record()
         self._staging[block.nbytes].append(block)
 

@@ -40,7 +40,7 @@ class Device(Protocol):
         """Enqueue a copy; the function that comes back waits for it and returns it."""
 
     def kernel(self, op: str, **arrays: Any) -> Callable[[Any], None]:
-        """One of `kernels.calls.OPS` on these arrays: a function of a stream that enqueues it."""
+        """Return one of `kernels.calls.OPS` on these arrays: a function of a stream that enqueues it."""
 
     def run(self, key: Hashable, enqueue: Callable[[Any], None]) -> None:
         """Enqueue `enqueue(stream)`, from a graph of this key where there is one."""

@@ -78,15 +78,15 @@ class Job:
 
     @property
     def watched(self) -> bool:
-        """Whether somebody wants its latents after every evaluation."""
+        """Return whether somebody wants its latents after every evaluation."""
         return self.request.on_step is not None
 
     @property
     def ready(self) -> bool:
-        """Whether the frame before is a step ahead."""
+        """Return whether the frame before is a step ahead."""
         return self.after is None or self.after.row > 0 or self.after.done
 
     @property
     def done(self) -> bool:
-        """Whether no evaluation is left."""
+        """Return whether no evaluation is left."""
         return self.cancelled or self.error is not None or self.row == self.table.rows

@@ -39,7 +39,7 @@ class Loop:
 
     @property
     def busy(self) -> bool:
-        """Whether a job waits, runs, or has not been given back."""
+        """Return whether a job waits, runs, or has not been given back."""
         return bool(self._arrived or self._waiting or self._ended or any(lane.active for lane in self._lanes.values()))
 
     def step(self) -> list[Job]:

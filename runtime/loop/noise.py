@@ -43,7 +43,7 @@ class Generator:
         return values
 
     def _few(self, size: int) -> np.ndarray:
-        """One by one in double precision, in pairs whose second half waits for the next small draw."""
+        """Draw one by one in double precision, in pairs whose second half waits for the next small draw."""
         values = np.empty(size, np.float32)
         for i in range(size):
             if self._second is not None:

@@ -163,7 +163,7 @@ def timestep_of(sigmas: np.ndarray, signal: np.ndarray) -> np.ndarray:
 
 
 def wants_respacing(settings: Settings) -> bool:
-    """Whether the config asks for Karras or exponential sigmas."""
+    """Return whether the config asks for Karras or exponential sigmas."""
     return bool(settings.get("use_karras_sigmas") or settings.get("use_exponential_sigmas"))
 
 
