@@ -90,9 +90,6 @@ class Pixels:
                         files=files, provenance=provenance)
 
 
-FAMILY: type[Family] = Pixels
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     torch.manual_seed(1)
@@ -106,7 +103,8 @@ def folder(tmp_path) -> Path:
 def test_a_new_family(folder, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"got a DDPMPipeline, expected one of StableDiffusionPipeline.* are supp"):
         opened(folder)
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, FAMILY))
+    known: tuple[type[Family], ...] = (*families.FAMILIES, Pixels)
+    monkeypatch.setattr(families, "FAMILIES", known)
     bundle = export(folder, tmp_path / "ddpm.bundle", progress=False)
     graphs = bundle.graphs(bundle.denoiser)
     assert {name: (c.role, c.part, c.rows) for name, c in graphs.items()} == {
