@@ -43,7 +43,7 @@ class Denoiser(TracedModule):
 
 @dataclass(frozen=True)
 class Pixels:
-    pipelines: ClassVar = ("DDPMPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("DDPMPipeline",)
     title: ClassVar = "DDPM in pixels"
 
     checkpoint: Checkpoint
