@@ -16,4 +16,4 @@ def proto(nodes, initializers, inputs, outputs=("y",)):
 
 
 def config(bundle, component="unet", **rest):
-    return bundle.config(component, backend="inductor", **{"height": 64, "width": 64, "batch": 2, **rest})
+    return bundle.config(component, backend="inductor", **{"size": (64, 64), "batch": 2, **rest})
