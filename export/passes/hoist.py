@@ -149,7 +149,7 @@ def _start_from_float32(graph: ir.Graph, names: Collection[str | None]) -> None:
             value.replace_all_uses_with(cast.outputs[0])
             cast.replace_input_with(0, value)
             graph.insert_before(graph[0], cast)
-            value.dtype = ir.DataType.FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: the other parts share the old
 
 
 def _spec(value: ir.Value, given: Mapping[str, TensorSpec]) -> TensorSpec:

@@ -66,7 +66,9 @@ def test_style_transfer(controlled, files, tmp_path):
     bundle = shutil.copytree(controlled, tmp_path / "bundle")
     manifest = Bundle.open(bundle).manifest
     write_manifest(bundle, dataclasses.replace(manifest, components={
-        name.replace("edge-net", "canny"): one for name, one in manifest.components.items()}))
+        name.replace("edge-net", "canny"): dataclasses.replace(
+            part, label=part.label.replace("edge-net", "canny"), network=part.network.replace("edge-net", "canny"))
+        for name, part in manifest.components.items()}))
     assert Bundle.open(bundle).labels == ("canny",)
     drawn, target = [], tmp_path / "styled.png"
     for control in ("0", "1"):

@@ -225,7 +225,7 @@ def test_a_pipeline_draws_the_reference_picture(bundles, tmp_path):
     from runtime import Pipeline, Request
 
     bundle = Bundle.open(shutil.copytree(bundles["sd1_one_level"], tmp_path / "bundle"))
-    request = Request("a cat and a horse", steps=3, seed=5, size=(16, 16), scheduler="ddim")
+    request = Request("a cat and a horse", steps=3, seed=5, height=16, width=16, scheduler="ddim")
     pictures = []
     for backend in ("onnxruntime", "inductor"):
         pipe = Pipeline.load(bundle.path, backend, dtype="fp32", size=(16, 16))

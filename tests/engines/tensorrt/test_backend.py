@@ -133,7 +133,7 @@ def test_another_version_of_the_library_makes_an_engine_stale(bundle, monkeypatc
                          ids=["tensorrt-rtx", "tensorrt"])
 def test_a_missing_package_names_the_pip_line(flavour, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    assert flavour.available() == f"backend {flavour.name}: the package is missing; run: {flavour.pip}"
+    assert flavour.available() == f"backend {flavour.name}: the package is missing; run: {vendor.PIP[flavour.name]}"
 
 
 @without_gpu
