@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from engines.openvino import extension
-from engines.spec import EngineConfig, EngineError
-
-CHOICES = ("ours", "vendor", "auto")
-"""Whose kernels sites of one kind get: ours, the CPU plugin's, or ours where they can be used."""
+from engines.spec import KINDS, WHOSE, EngineConfig, EngineError
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,20 @@ class Options:
 
     @classmethod
     def read(cls, config: EngineConfig) -> Self:
-        """Raises EngineError for a value that is none of CHOICES, and for "ours" where our kernels cannot be used."""
+        """Raises EngineError for a kind of site or a value that is none of these, and for "ours" where that cannot be.
+
+        "auto" is ours wherever our kernels can be used, without a measurement.
+        """
+        if strange := [kind for kind in KINDS if kind in config.options and kind not in extension.OPS]:
+            raise EngineError(f"openvino: got option {strange[0]!r}, expected {', '.join(extension.OPS)} or a property "
+                              "of OpenVINO's CPU plugin; leave it out")
         return cls(frozenset(kind for kind in extension.OPS if _is_ours(config, kind)),
                    {name: value for name, value in config.options.items() if name not in extension.OPS})
 
 
 def _is_ours(config: EngineConfig, kind: str) -> bool:
     wanted = config.options.get(kind, "auto")
-    if wanted not in CHOICES:
+    if wanted not in WHOSE:
         raise EngineError(f"option {kind}: got {wanted!r}, expected ours, vendor or auto")
     if wanted == "vendor":
         return False

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from engines.spec import EngineError
+from engines.spec import WHOSE, EngineError
 from engines.tensorrt import vendor
 
 KINDS = {"attention": "Attention", "norm": "GroupNormalization"}
 """Kind of site that can be nodes of our own in an engine → the operator that is one."""
-CHOICES = ("ours", "vendor", "auto")
-"""Whose kernels sites of one kind get: ours, as plugins, TensorRT's, or those that a build measures to be faster."""
 EXPECTED = {**dict.fromkeys(KINDS, "ours, vendor or auto"), "refit": "true or false", "stripped": "true or false",
             "optimization_level": "0 to 5", "workspace": "MiB, at least 1"}
 """Option → the values that it takes, in words."""
@@ -24,7 +22,7 @@ class Options:
 
     refit: weights can change. stripped: the plan is without weights, which are read from the ONNX file at load.
     optimization_level: of TensorRT's builder, None for its own choice. workspace: most scratch memory that one layer
-    may take, in MiB. kernels: kind of KINDS → one of CHOICES, where the config says.
+    may take, in MiB. kernels: kind of KINDS → one of WHOSE, where the config says.
     """
 
     refit: bool = False
@@ -53,7 +51,7 @@ class Options:
         return (*flags, "STRIP_PLAN") if self.stripped else flags
 
     def asked(self, flavour: str) -> dict[str, str]:
-        """Return kind of KINDS → one of CHOICES, for a flavour: auto by default, vendor where it cannot be ours.
+        """Return kind of KINDS → one of WHOSE, for a flavour: auto by default, vendor where it cannot be ours.
 
         Raises EngineError where ours, or auto, is asked for and cannot be.
         """
@@ -69,7 +67,7 @@ class Options:
 def _value(name: str, text: str) -> Any:
     """Return the value that `text` says, None for one that the option does not take."""
     if name in KINDS:
-        return text if text in CHOICES else None
+        return text if text in WHOSE else None
     if name in ("refit", "stripped"):
         return {"true": True, "false": False}.get(text)
     fits = text.isdecimal() and (int(text) <= 5 if name == "optimization_level" else int(text) >= 1)

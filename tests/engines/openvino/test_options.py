@@ -57,6 +57,11 @@ def test_other_options_are_properties_of_the_plugin() -> None:
     assert Options.read(config).properties == {"ENABLE_CPU_PINNING": "NO"}
 
 
+def test_a_kind_of_site_without_a_kernel_of_ours_is_refused() -> None:
+    with pytest.raises(EngineError, match="openvino: got option 'geglu', expected attention, norm or a property"):
+        read(attention="vendor", geglu="vendor")
+
+
 def test_a_wrong_choice_is_refused(bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(bundles["shapes"])
 
