@@ -72,16 +72,13 @@ def top_level(names: Iterator[str]) -> set[str]:
 
 
 def imported_files(root: Path = ROOT) -> dict[str, set[str]]:
-    """File → the files of ours that it imports, lazily or for its types too. A name of a package is its __init__.py,
-    unless it is a file of it."""
+    """File → the files of ours that it imports, lazily or for its types too; a package is its __init__.py."""
     packages = [package for package in MAY_IMPORT if (root / package).is_dir()]
     trees = {name: tree for package in packages for name, tree in files_of(package, root).items()}
     modules = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in trees}
     found: dict[str, set[str]] = {}
     for name, tree in trees.items():
-        names = set(imports(tree, lazy=True))
-        whole = {n for n in names if not any(other.startswith(f"{n}.") and other in modules for other in names)}
-        found[name] = {modules[n] for n in whole if n in modules} - {name}
+        found[name] = {modules[n] for n in imports(tree, lazy=True) if n in modules} - {name}
     return found
 
 

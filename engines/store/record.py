@@ -14,7 +14,7 @@ from engines.backend import BACKENDS, backend
 from engines.bundle import Bundle, Check
 from engines.check.compare import Timing
 from engines.spec import EngineConfig, EngineError, parse
-from engines.store import sources
+from engines.store.sources import hashes
 
 FORMAT = 3
 """Version of the record. 1 had no timing, 2 a field of the config for each dimension."""
@@ -67,7 +67,7 @@ def key(bundle: Bundle, component: str, config: EngineConfig) -> dict[str, Any]:
                               "inputs": [dataclasses.asdict(s) for s in spec.inputs],
                               "outputs": [dataclasses.asdict(s) for s in spec.outputs]},
                 "config": config.to_json(), "versions": module.versions(config),
-                "source": dict(sources.hashes(package))}
+                "source": dict(hashes(package))}
     try:
         return json.loads(_canonical(material))
     except TypeError as e:

@@ -16,7 +16,8 @@ from pathlib import Path
 import kernels
 from engines.bundle import Bundle
 from engines.spec import EngineError
-from engines.store import places, sources
+from engines.store.places import KERNELS, roots, writable_root
+from engines.store.sources import hashes
 from kernels.aot.artefact import Artefact, KernelError, arch_for
 from kernels.calls import OPS
 
@@ -36,13 +37,13 @@ def runtime_kernels(bundle: Bundle, arch: str) -> Path:
         arch = arch_for(int(arch.removeprefix("sm_")))
     except KernelError as e:
         raise EngineError(str(e)) from e
-    files = sources.hashes("kernels.calls", *(f"kernels.triton.{op}" for op in OPS))
+    files = hashes("kernels.calls", *(f"kernels.triton.{op}" for op in OPS))
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    name = f"{places.KERNELS}{digest[:12]}"
-    for root in places.roots(bundle):
+    name = f"{KERNELS}{digest[:12]}"
+    for root in roots(bundle):
         if _complete(root / name, arch):
             return root / name
-    directory = places.writable_root(bundle) / name
+    directory = writable_root(bundle) / name
     _build(directory, arch)
     return directory
 

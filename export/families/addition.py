@@ -9,8 +9,8 @@ from pathlib import Path
 
 from engines.bundle import Bundle, Manifest
 from export.errors import ExportError
-from export.families import autoencoder
 from export.families.autoencoder import VAEDecoder, VAEEncoder, require_same_latents
+from export.families.autoencoder import precision as vae_precision
 from export.families.controlnet import PARTS, ControlNet, require_same_residuals
 from export.families.family import latent_sizes
 from export.sources.single_module import SingleModule, open_module
@@ -50,7 +50,7 @@ class Addition:
         if network not in ("vae_decoder", "vae_encoder"):
             return dtype
         wide = bool(self.manifest.condition("sizes") or self.manifest.low_res_scheduler)
-        return autoencoder.precision(self.module.config, dtype, wide)
+        return vae_precision(self.module.config, dtype, wide)
 
 
 def open_addition(path: Path, bundle: Bundle, name: str | None = None, encoder: bool = False,

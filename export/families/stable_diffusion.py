@@ -13,8 +13,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from engines.bundle import Component, DimSpec, Guidance, LatentSpec, Manifest, TextSpec
 from export.errors import ExportError
-from export.families import autoencoder
-from export.families.autoencoder import VAEDecoder, VAEEncoder
+from export.families.autoencoder import VAEDecoder, VAEEncoder, pixels_a_latent
+from export.families.autoencoder import precision as vae_precision
 from export.families.family import latent_sizes
 from export.families.manifest import conditions, dims, tasks
 from export.families.text_encoders import FirstXLTextEncoder, SecondXLTextEncoder, TextEncoder
@@ -173,7 +173,7 @@ class StableDiffusion:
         """The latents, whose sizes are multiples of one halving for each UNet level but the last."""
         return LatentSpec(
             channels=self.vae["latent_channels"], scale=float(self.vae.get("scaling_factor", 0.18215)),
-            shift=float(self.vae.get("shift_factor") or 0.0), factor=autoencoder.pixels_a_latent(self.vae),
+            shift=float(self.vae.get("shift_factor") or 0.0), factor=pixels_a_latent(self.vae),
             multiple=2 ** (len(self.unet["block_out_channels"]) - 1))
 
     @property
@@ -223,7 +223,7 @@ class StableDiffusion:
     def precision(self, network: str, dtype: str) -> str:
         if network not in ("vae_decoder", "vae_encoder"):
             return dtype
-        return autoencoder.precision(self.vae, dtype, wide=bool(self.time_ids or self.low_res_scheduler))
+        return vae_precision(self.vae, dtype, wide=bool(self.time_ids or self.low_res_scheduler))
 
     def manifest(self, components: Mapping[str, Component], files: Mapping[str, str],
                  provenance: Mapping[str, Any]) -> Manifest:

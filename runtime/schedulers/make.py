@@ -7,25 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from runtime.schedulers import discrete, dpm, pndm, sigma, unipc
 from runtime.schedulers.config import Settings, resolve
+from runtime.schedulers.discrete import ddim, ddim_inversion, ddpm, lcm
+from runtime.schedulers.dpm import dpm
+from runtime.schedulers.pndm import pndm
 from runtime.schedulers.schedule import alphas_cumprod
+from runtime.schedulers.sigma import dpm2, euler, euler_ancestral, heun, lms
 from runtime.schedulers.table import Table
+from runtime.schedulers.unipc import unipc
 
 _SOLVERS: dict[str, Callable[[Settings, int, int], Table]] = {
-    "PNDMScheduler": pndm.pndm,
-    "LMSDiscreteScheduler": sigma.lms,
-    "EulerAncestralDiscreteScheduler": sigma.euler_ancestral,
-    "KDPM2DiscreteScheduler": sigma.dpm2,
-    "UniPCMultistepScheduler": unipc.unipc,
+    "PNDMScheduler": pndm,
+    "LMSDiscreteScheduler": lms,
+    "EulerAncestralDiscreteScheduler": euler_ancestral,
+    "KDPM2DiscreteScheduler": dpm2,
+    "UniPCMultistepScheduler": unipc,
 }
 
 _SOLVERS_AT_TIMESTEPS: dict[str, Callable[[Settings, int | None, Sequence[float] | None, int], Table]] = {
-    "DDPMScheduler": discrete.ddpm,
-    "EulerDiscreteScheduler": sigma.euler,
-    "HeunDiscreteScheduler": sigma.heun,
-    "DPMSolverMultistepScheduler": dpm.dpm,
-    "LCMScheduler": discrete.lcm,
+    "DDPMScheduler": ddpm,
+    "EulerDiscreteScheduler": euler,
+    "HeunDiscreteScheduler": heun,
+    "DPMSolverMultistepScheduler": dpm,
+    "LCMScheduler": lcm,
 }
 
 
@@ -51,7 +55,7 @@ def inversion_table(config: Mapping[str, Any], steps: int) -> Table:
 
     config, steps: as of `make_table`; the schedule is the config's, whatever its solver. Raises ValueError likewise.
     """
-    return discrete.ddim_inversion(resolve(config, "ddim")[1], steps)
+    return ddim_inversion(resolve(config, "ddim")[1], steps)
 
 
 def signal_and_sigma(config: Mapping[str, Any], timestep: int) -> tuple[float, float]:
@@ -72,7 +76,7 @@ def _solve(name: str, settings: Settings, steps: int | None, eta: float, timeste
         if name in _SOLVERS_AT_TIMESTEPS:
             return _SOLVERS_AT_TIMESTEPS[name](settings, steps, timesteps, start)
         if name == "DDIMScheduler":
-            return discrete.ddim(settings, steps or 0, start, eta)
+            return ddim(settings, steps or 0, start, eta)
         return _SOLVERS[name](settings, steps or 0, start)
     except (ZeroDivisionError, OverflowError, np.linalg.LinAlgError) as e:
         raise ValueError(f"{name}: got {steps} steps, for which two noise levels coincide or the last one is "

@@ -11,7 +11,7 @@ from engines.bundle import Bundle
 from engines.check import compare
 from engines.check.tolerance import TOLERANCE
 from engines.spec import EngineConfig, EngineError
-from engines.store import sources
+from engines.store.sources import hashes
 from tests.engines.cases import config
 from tests.tolerances import ENGINE_REL_RMS
 
@@ -59,7 +59,7 @@ def test_everything_else_that_matters_changes_the_key(bundle, monkeypatch, what)
 
 def change_sources(monkeypatch):
     """Make the backend's source files others than they are."""
-    monkeypatch.setattr(sources, "hashes", lambda package, real=sources.hashes: dict.fromkeys(real(package), "changed"))
+    monkeypatch.setattr("engines.store.record.hashes", lambda package: dict.fromkeys(hashes(package), "changed"))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -72,9 +72,9 @@ def change_sources(monkeypatch):
 def test_a_damaged_record_names_the_command(bundle, change, message):
     own = config(bundle)
     path = store.build(bundle, "unet", own)
-    record = json.loads((path / "engine.json").read_text())
-    change(record)
-    (path / "engine.json").write_text(json.dumps(record))
+    data = json.loads((path / "engine.json").read_text())
+    change(data)
+    (path / "engine.json").write_text(json.dumps(data))
     with pytest.raises(EngineError, match=message):
         store.load(bundle, "unet", own)
     (path / "engine.json").write_text("{")
