@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """One of the command lines.
+    """A command is one of the command lines.
 
     package: its `__main__` has `main(arguments, prog)`, which returns the exit status. parser: "module:function", which
     returns the parser. help: one line.

@@ -1,4 +1,4 @@
-"""Which packages a wheel holds, and the build of its C++ kernels; the rest is declared in pyproject.toml.
+"""A wheel holds these packages, and builds its C++ kernels; the rest is declared in pyproject.toml.
 
 The kernels are optional: where they cannot be built, a line says why, and latentrt installs and works without them.
 """

@@ -33,7 +33,7 @@ MAY_LOSE = 1.0
 
 @dataclass(frozen=True)
 class Drawn:
-    """One engine's pictures, with a verdict for each, and the milliseconds that a picture took.
+    """An engine drew these pictures: a verdict for each, and the milliseconds that a picture took.
 
     options: those of the engine's config.
     """

@@ -36,7 +36,7 @@ WRONG, INK = (220, 30, 30), (33, 37, 41)
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of a row, what is written under it, and whether it is right; None where it was not judged."""
+    """A cell is a picture of a row, what is written under it, and whether it is right; None where not judged."""
 
     image: Image.Image
     label: str = ""

@@ -27,7 +27,7 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Target:
-    """One component of a bundle, and what an engine of it is built for.
+    """A target is one component of a bundle, and what an engine of it is built for.
 
     directory: the bundle's. name: the component's.
     """
@@ -60,7 +60,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a compiled engine.
+    """A layer is one step of a compiled engine.
 
     name: as the library calls it. type: what it computes. kernel: the implementation chosen. precision: of the kernel,
     in the library's words. seconds: median of its time in a call, None where it was not measured.
@@ -74,7 +74,7 @@ class Layer:
 
 
 class Engine(Protocol):
-    """One compiled component with static shapes. Buffers are numpy arrays on CPUs, device memory on GPUs.
+    """An engine is one compiled component with static shapes. Buffers are numpy arrays on CPUs, device memory on GPUs.
 
     gpu: number of the GPU that it runs on, None for the CPU. precision: what it computes in where that is not the
     config's dtype, such as "fp8". workspace_bytes: working memory of a run that other engines of the same stream may

@@ -30,7 +30,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output of a component.
+    """A tensor spec is one input or output of a component.
 
     dtype: numpy's name of it. shape: numbers and names of dimensions, which an `EngineConfig` gives sizes. group: the
     set of tensors that this one belongs to, such as "residual"; "" for none. span: (low, high) that checks draw its

@@ -1,4 +1,4 @@
-"""How the ops that the runtime launches are called: artefact, grid and numbers, from shapes alone.
+"""The runtime's launches follow from shapes alone: artefact, grid and numbers of every op.
 
 Needs the standard library only; what the Triton launchers do for tensors, for whoever has addresses.
 """
@@ -20,7 +20,10 @@ Dtypes = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Call:
-    """One launch. name: of the artefact. grid: programs along x, y and z, from its constant BLOCK. numbers: by name."""
+    """A call is one launch.
+
+    name: of the artefact. grid: programs along x, y and z, from its constant BLOCK. numbers: by name.
+    """
 
     name: str
     grid: Callable[[int], Shape]

@@ -29,7 +29,7 @@ SETTINGS = Check(lambda name, value: dict(value), setting, "NAME=VALUE")
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """What a pipeline is opened with. Raises ValueError for a value that cannot be."""
+    """A config is what a pipeline is opened with. Raises ValueError for a value that cannot be."""
 
     backend: str = option("auto", checks.text("NAME"), "engine to run, a name of `python -m engines list`",
                           flag="--backend", unset="the fastest measured here, or what is preferred; python -m engines "

@@ -16,7 +16,7 @@ OURS, PEER, FLOOR, INK = "#d9480f", "#adb5bd", "#1864ab", "#212529"
 
 @dataclass(frozen=True)
 class Bar:
-    """One contender: its name and its value."""
+    """A bar stands for one contender: its name and its value."""
 
     name: str
     value: float

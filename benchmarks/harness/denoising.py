@@ -35,7 +35,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One engine's denoising against the reference's: the latents after every step, and the picture they end in."""
+    """A trajectory compares an engine's denoising with the reference's: latents after every step, and the picture."""
 
     engine: str
     config: EngineConfig

@@ -45,7 +45,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One ONNX graph: where it is, what it is for, what goes in and out.
+    """A component is one ONNX graph: where it is, what it is for, what goes in and out.
 
     file: the .onnx file, relative to the bundle. files: every file it needs (external weights too) → sha256.
     dtype: precision of its weights and arithmetic (inputs and outputs are float32 whatever it is).
@@ -97,7 +97,7 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """One thing that the denoiser is told beside sample and time.
+    """A condition is one thing that the denoiser is told beside sample and time.
 
     meaning: "text", "pooled_text", "sizes", "noise_level", "mask", "masked_image", "depth", "low_resolution", "class",
     "boxes", "segmentation" … input: the denoiser's input that it goes to. source: what makes it: a "text_encoder",
@@ -159,7 +159,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """One tokenizer and text encoder: files, tokens a prompt, and the hidden layer that the denoiser is given.
+    """A text spec is a tokenizer and its encoder: files, tokens a prompt, the hidden layer the denoiser is given.
 
     hidden_layer: "last" (after the final norm) or "penultimate" (without a norm). pooled: the output that is the
     denoiser's pooled text; "" where there is none. kind: how its tokenizer splits a prompt.

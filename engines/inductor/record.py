@@ -1,4 +1,4 @@
-"""What a build writes beside the package: how its inputs and weights are laid out, and whose kernels it holds."""
+"""A build writes this beside the package: how its inputs and weights are laid out, and whose kernels it holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE, RECORD, CONSTANTS = "package.pt2", "inductor.json", "constants.npz"
 
 @dataclass(frozen=True)
 class Record:
-    """One engine, as JSON values.
+    """A record says in JSON values what an engine is.
 
     inputs, outputs: names, in the package's order. weights: name of a constant of the package → the fields of
     `engines.inductor.torch.weights.Weight`. cpp: whether the package calls our C++ kernels. kernels: kind of site →

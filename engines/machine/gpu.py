@@ -21,7 +21,7 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: the name that its driver gives, its architecture ("sm_89"), and the driver's version."""
+    """A GPU has the name that its driver gives, an architecture ("sm_89"), and the driver's version."""
 
     name: str
     arch: str

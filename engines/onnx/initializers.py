@@ -30,7 +30,7 @@ _NUMPY = {1: "f4", 2: "u1", 3: "i1", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2"
 
 @dataclass(frozen=True)
 class Initializer:
-    """One stored weight: ONNX element type, shape, and whether its values are in another file."""
+    """An initializer is one stored weight: ONNX element type, shape, and whether its values are in another file."""
 
     type: int
     shape: tuple[int, ...]

@@ -22,7 +22,7 @@ WIDENED = "widened.onnx"
 
 
 class OnnxRuntimeEngine(Engine):
-    """One session with static shapes; see `engines.backend.Engine`.
+    """An engine is one session with static shapes; see `engines.backend.Engine`.
 
     On CUDA, `enqueue` runs on ONNX Runtime's own stream and returns when it is done, so it cannot be captured.
     profile: beginning of the name of a file that every node's times go to; `end_profile` closes it and returns its

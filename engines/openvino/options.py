@@ -12,7 +12,7 @@ from engines.spec import KINDS, WHOSE, EngineConfig, EngineError
 
 @dataclass(frozen=True)
 class Options:
-    """What a config's options decide.
+    """The options are what a config's `options` decide.
 
     ours: kinds of sites whose kernels are ours. properties: the other options, which are properties of OpenVINO's CPU
     plugin, values by name.

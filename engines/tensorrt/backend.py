@@ -34,7 +34,7 @@ from engines.tensorrt.options import KINDS, Options
 
 @dataclass(frozen=True)
 class Flavour(Backend):
-    """One of the two as a backend; see `engines.backend.Backend`. name: of `engines.tensorrt.vendor.PIP`."""
+    """A flavour is one of the two; see `engines.backend.Backend`. name: of `engines.tensorrt.vendor.PIP`."""
 
     name: str
     on_gpu: ClassVar[bool] = True  # type: ignore[misc]

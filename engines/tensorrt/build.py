@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. flavour: of `engines.tensorrt.vendor.PIP`. inputs, outputs: name → static shape. arch: as "sm_89".
+    """A request says what to build.
+
+    flavour: of `engines.tensorrt.vendor.PIP`. inputs, outputs: name → static shape. arch: as "sm_89".
 
     gpu: number of the GPU to build on, None where it is not needed. timing_cache: file to read and write, or "".
     plugins: kinds of sites that become plugin nodes ("attention", "norm") wherever our kernels can do them, with at

@@ -33,7 +33,9 @@ Launches = Callable[[Sequence[Tensor], Mapping[str, Any], int], tuple[Launch, ..
 
 @dataclass(frozen=True)
 class Plugin:
-    """One kernel of ours as a node. op: its file of `kernels/triton/`. inputs, output: its pointers, in its order.
+    """A plugin is a kernel of ours as a node.
+
+    op: its file of `kernels/triton/`. inputs, output: its pointers, in its order.
 
     launches: of (inputs, settings, architecture), any one of which computes it; the best first. images: the inputs and
     outputs that are pictures [images, channels, height, width], which may lie in channels-last memory.

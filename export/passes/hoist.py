@@ -35,7 +35,7 @@ LAYOUT = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Shape", "Slice", 
 
 
 class Part(NamedTuple):
-    """One of the graphs, and what goes in and comes out."""
+    """A part is one of the graphs, with what goes in and comes out."""
 
     model: ir.Model
     inputs: tuple[TensorSpec, ...]

@@ -1,4 +1,4 @@
-"""One network in a folder or file of its own: a ControlNet, or a VAE."""
+"""A single module is a network in a folder or file of its own: a ControlNet, or a VAE."""
 
 from __future__ import annotations
 

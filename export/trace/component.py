@@ -1,4 +1,4 @@
-"""One of a model's networks as components of a bundle: loaded, traced, saved, and compared with PyTorch."""
+"""A model's network becomes components of a bundle: it is loaded, traced, saved, and compared with PyTorch."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Artefact:
-    """One kernel compiled for one GPU architecture.
+    """An artefact is one kernel compiled for one GPU architecture.
 
     op, name: as in `Variant`. arch: "sm_90". entry: the symbol to look up in the code. arguments: (name, Triton type)
     in the order of launch, the two unused scratch pointers last. constants: values that are compiled in. divisible:

@@ -1,4 +1,4 @@
-"""One variant compiled for one architecture, or many of them in processes of their own, on a machine without a GPU.
+"""The compiler compiles a variant for an architecture, or many in processes of their own, without a GPU.
 
 Triton lowers a kernel to PTX, and the ptxas of its own wheel makes the cubin (`assemble.py`). The same input gives the
 same bytes.

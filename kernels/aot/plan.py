@@ -27,7 +27,7 @@ MAX_SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 23
 
 @dataclass(frozen=True)
 class Compilation:
-    """One variant for one architecture; key: hash of everything that its code depends on."""
+    """A compilation is one variant for one architecture; key: hash of everything that its code depends on."""
 
     variant: Variant
     arch: int

@@ -1,4 +1,4 @@
-"""One Triton kernel with its block sizes fixed: as the ahead-of-time build compiles it, and as it is launched."""
+"""A variant is a Triton kernel with its block sizes fixed, as the ahead-of-time build compiles it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kernels.aot.artefact import ARCHS
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of one kernel.
+    """A variant is one compilation of one kernel.
 
     op: name of the operator, also of its file. name: unique among all variants, a valid file name. kernel: the
     `triton.jit` function. signature: every argument that is not a constexpr, in the kernel's order, to its Triton type
@@ -33,7 +33,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch for one shape: everything that the kernel is given beside its pointers, which come first.
+    """A launch is for one shape: everything that the kernel is given beside its pointers, which come first.
 
     grid: programs along x, y and z. scalars: the value of every argument that is neither pointer nor constexpr.
     kernel, constants, num_warps, num_stages: as in `Variant`.

@@ -1,4 +1,4 @@
-"""One denoising step of one image in numpy: guidance, then a row of a sampler table."""
+"""A denoising step of one image, in numpy, is guidance and then a row of a sampler table."""
 
 from __future__ import annotations
 

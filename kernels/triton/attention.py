@@ -139,7 +139,7 @@ def _attention_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """How one launch is cut: queries and keys of a block, warps, pipeline stages, and how fp32 is multiplied."""
+    """A config cuts one launch: queries and keys of a block, warps, pipeline stages, and how fp32 is multiplied."""
 
     block_m: int
     block_n: int

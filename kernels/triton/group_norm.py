@@ -50,7 +50,7 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups:
 
 @dataclass(frozen=True)
 class Config:
-    """One launch of one of the kernels: channels of a slab, its tile, positions of a chunk, and warps."""
+    """A config is a launch of one of the kernels: channels of a slab, its tile, positions of a chunk, and warps."""
 
     cols: int
     rows: int

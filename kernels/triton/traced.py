@@ -1,4 +1,4 @@
-"""How compilers see our operators: torch.export as one node, and whoever compiles its program as the Triton kernels.
+"""Compilers see our operators so: torch.export as one node, whoever compiles its program as the kernels.
 
 So a package that AOTInductor writes holds the kernels compiled, and needs neither Triton nor Python to launch them.
 """

@@ -24,7 +24,7 @@ AVERAGE_EVERY = 8
 
 
 class Worker:
-    """One of the processes that train together: its rank, its randomness and its device."""
+    """A worker is one of the processes that train together: its rank, its randomness and its device."""
 
     def __init__(self, rank: int, args: argparse.Namespace) -> None:
         self.rank, self.args, self.work = rank, args, Path(args.work)

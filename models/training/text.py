@@ -90,7 +90,7 @@ def scene_labels(told: list[Scene]) -> tuple[Tensor, Tensor]:
 
 
 class PaintingHead(nn.Module):
-    """One layer of cross attention from the cells of an 8x8 picture to the text: what does each cell show?
+    """The head attends from the cells of an 8x8 picture to the text: what does each cell show?
 
     It asks of the text encoder what the UNet will ask of it, for a thousandth of the work: tokens that say of an object
     both what it is and where in the picture it belongs.

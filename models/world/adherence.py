@@ -26,7 +26,7 @@ SIZE_LIMIT = (RADII["small"] + RADII["large"]) / 2
 
 @dataclass(frozen=True)
 class Found:
-    """One region of a picture: its names (None where it fits none), radius and centre in pixels."""
+    """A find is a region of a picture: names (None where it fits none), radius and centre in pixels."""
 
     shape: str | None
     colour: str | None

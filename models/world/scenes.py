@@ -48,7 +48,7 @@ _HELD_OUT_EVERY = 10  # one caption meaning in ten is kept out of training
 
 @dataclass(frozen=True)
 class Object:
-    """One object of a scene; `size` None means either size will do."""
+    """An object is one thing of a scene; `size` None means either size will do."""
 
     shape: str
     colour: str

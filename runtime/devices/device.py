@@ -1,4 +1,4 @@
-"""What the loop asks of the place of its engines and buffers: a GPU (`cuda.py`), or this computer (`host.py`)."""
+"""The loop asks this of the place of its engines and buffers: a GPU (`cuda.py`), or this computer (`host.py`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engines import Engine
 
 
 class Device(Protocol):
-    """What the loop asks of the place where engines run. Work runs in the order in which it is enqueued.
+    """A device is the place where engines run, as the loop sees it. Work runs in the order in which it is enqueued.
 
     stream: what engines enqueue on. captures: whether work that repeats is captured in graphs. asynchronous: whether
     what is enqueued may run after the call has returned.

@@ -1,4 +1,4 @@
-"""What the frames of a video hand on to those that follow: inputs of the UNet's self-attention, by layer and step."""
+"""Frames of a video hand on to those that follow: inputs of the UNet's self-attention, by layer and step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FIRST, PREVIOUS, HIDDEN = "first", "previous", "hidden"
 
 
 class Memory:
-    """Of the first frame of a video, and of the frame before, for every step of `steps`; where the engine runs.
+    """The memory is of a video's first frame and of the frame before, for every step of `steps`; where the engine runs.
 
     A frame reads what the frame before wrote at that step, and then writes its own in its place, so the frames of a
     video may be in a batch together, each a step behind the one before it. Two blocks of float32 [steps, 2, numbers],

@@ -1,4 +1,4 @@
-"""One image on its way through the sampler, as the loop sees it."""
+"""A job is one image on its way through the sampler, as the loop sees it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.schedulers import Table
 
 
 class Place(NamedTuple):
-    """What a job needs of the engines that run it. size: (height, width) in pixels. tokens: of its text.
+    """A place is what a job needs of the engines that run it. size: (height, width) in pixels. tokens: of its text.
 
     Jobs of one size and length of text share a batch. weights: what changes the engines' weights, LoRAs; jobs of other
     weights never run at the same time.
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """One image on its way through the sampler.
+    """A job is one image on its way through the sampler.
 
     fixed: what the denoiser reads besides that stays, by input name, [2, …], negative prompt first. time: what it reads
     of the timestep, float32 [rows of `table`, …]. state: float32 [1 + memory, C, h, w], the sample first. known: what

@@ -1,4 +1,4 @@
-"""One static batch of the loop: the jobs of one size and length of text, and the slots that they are in."""
+"""A lane is a static batch of the loop: the jobs of one size and length of text, and their slots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.loop.slots import Capacity, Slots
 
 
 class Engines(Protocol):
-    """What runs the steps of a loop: bound engines for a place, made and given their weights when asked for."""
+    """Engines run the steps of a loop: bound for a place, made and given their weights when asked for."""
 
     def denoiser(self, place: Place, rows: int, variant: str) -> BoundEngine:
         """Return the denoiser of so many rows. variant: "frames" for one that attends to other frames of a video,

@@ -1,4 +1,4 @@
-"""What a call sees of its jobs while they run: a progress bar, and the requests' own callbacks."""
+"""A call watches its jobs while they run: a progress bar, and the requests' own callbacks."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Stack = tuple[tuple[Lora, LoraFile], ...]
 
 @dataclass(frozen=True)
 class _Applied:
-    """What an engine has: a stack (None while that is not known), and the names of weights that are not the base's."""
+    """The state of an engine: a stack (None while unknown), and the names of weights that are not the base's."""
 
     stack: Stack | None
     changed: frozenset[str]

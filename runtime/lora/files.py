@@ -141,7 +141,7 @@ def read_lora(path: Path, models: Mapping[str, Weights]) -> LoraFile:
 
 
 class _Place(NamedTuple):
-    """Of a key: its model, its weight ("" where the graph leaves that out), and "down", "up" or "alpha"."""
+    """A key names a place: model, weight ("" where the graph leaves that out), and "down", "up" or "alpha"."""
 
     model: str
     weight: str
@@ -202,7 +202,7 @@ def _pair(what: str, shape: tuple[int, ...], values: Mapping[str, np.ndarray],
 
 @dataclass(frozen=True)
 class _Config:
-    """What PEFT's configuration of one model says of α; patterns are regular expressions of ends of layers' names."""
+    """A config is what PEFT's says of α; patterns are regular expressions of ends of layers' names."""
 
     lora_alpha: float
     alpha_pattern: Mapping[str, float]

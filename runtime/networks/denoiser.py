@@ -13,7 +13,7 @@ Inputs = dict[str, np.ndarray]
 
 
 class Denoiser:
-    """What of a step's inputs can be computed before it, and the engine of the step.
+    """A denoiser computes what it can of a step's inputs before it, and has the engine of the step.
 
     network: that of a ControlNet, or "" for the bundle's denoiser. stack: the LoRAs on its weights. It runs in the
     parts of `export.passes.hoist` where the bundle has them and the backend wants them, or else whole; its text and

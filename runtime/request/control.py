@@ -26,7 +26,7 @@ def _hint(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Control:
-    """One ControlNet of a request. Raises ValueError for a value that cannot be."""
+    """A control is one ControlNet of a request. Raises ValueError for a value that cannot be."""
 
     name: str = option(MISSING, Check(_name, metavar="NAME"), "that it was attached under")
     image: Any = option(MISSING, Check(_hint, metavar="FILE"), "its hint, a picture, RGB, resized to the size that is "

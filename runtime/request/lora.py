@@ -19,7 +19,7 @@ def _path(name: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class Lora:
-    """One LoRA of a request. Raises ValueError for a value that cannot be."""
+    """A LoRA is one adapter of a request. Raises ValueError for a value that cannot be."""
 
     path: str = option(MISSING, Check(_path, metavar="FILE"), "a .safetensors file of diffusers, PEFT or kohya's")
     scale: float = option(1.0, number(), "how much of it, any finite number")

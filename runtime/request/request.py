@@ -51,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and everything that shapes its pictures.
+    """A request is one prompt and everything that shapes its pictures.
 
     An option that is None is what the task or the model has for it. Pictures are files, PIL images, or uint8 or float
     arrays [H, W, 3]. docs/tasks.md says which task has which option. Raises ValueError for a value that cannot be.

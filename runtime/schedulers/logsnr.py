@@ -13,7 +13,7 @@ from runtime.schedulers.schedule import Levels, levels_at, respaced, training_si
 
 @dataclass(frozen=True)
 class Point:
-    """One noise level: x = alpha * x0 + noise * randn, alpha**2 + noise**2 = 1."""
+    """A level is one noise level: x = alpha * x0 + noise * randn, alpha**2 + noise**2 = 1."""
 
     sigma: float
 

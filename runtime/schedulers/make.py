@@ -1,4 +1,4 @@
-"""From a scheduler config to a sampler table."""
+"""A scheduler config becomes a sampler table here."""
 
 from __future__ import annotations
 

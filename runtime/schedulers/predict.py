@@ -1,4 +1,4 @@
-"""What the UNet's output says, as coefficients of (x, model output): x0 or noise.
+"""The model's output says x0 or noise, as coefficients of (x, model output).
 
 A noisy sample is alpha * x0 + sigma * noise with alpha**2 + sigma**2 = 1; v = alpha * noise - sigma * x0
 (arXiv 2202.00512, appendix D). `scale` is what x must be multiplied with to be such a sample: 1, or alpha for solvers

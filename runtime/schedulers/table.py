@@ -14,7 +14,7 @@ Vector = np.ndarray
 
 
 class Row(NamedTuple):
-    """One UNet evaluation, as the solvers write it; the fields are those of `Table`, for one row."""
+    """A row is one UNet evaluation, as the solvers write it; its fields are those of `Table`."""
 
     timestep: float
     predict: tuple[float, float]

@@ -1,4 +1,4 @@
-"""One op at one shape: latentrt's kernel, its peers and the physical limits.
+"""A bench measures one op at one shape: latentrt's kernel, its peers and the physical limits.
 
 Peers get the layout that a model gives them, [batch, tokens, heads, head dim] seen heads first for attention, and
 everyone allocates the output. The limits are a copy of as many bytes as the op has to move, and for attention a large
@@ -24,7 +24,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in l
 
 @dataclass(frozen=True)
 class Setting:
-    """What all shapes of one run share: threads and instruction sets count on a CPU only."""
+    """The setting is what all shapes of one run share; threads and instruction sets count on a CPU only."""
 
     device: str
     compile: bool
@@ -43,7 +43,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Bench:
-    """One op at one shape.
+    """A bench is one op at one shape.
 
     ours, peers: by name; the first peer is torch's own op, which sets the tolerance. truth: gives the result in float64
     (bytes for pictures) for `inputs`. moved: bytes that must be read and written. flops: operations of its matrix

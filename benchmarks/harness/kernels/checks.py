@@ -1,4 +1,4 @@
-"""Which contenders compute what they should: only those are timed."""
+"""The checks tell which contenders compute what they should: only those are timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What gives one timed sample of a call: `python -m benchmarks kernels --help` says how they are taken."""
+"""Samplers give one timed sample of a call: `python -m benchmarks kernels --help` says how they are taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One component of a model, called again and again: who takes part, and what follows from the times.
+"""A component of a model is called again and again: who takes part, and what follows from the times.
 
 `python -m benchmarks unet` and `vae` are this with one component each. The name of a contender ends in its precision.
 One more of latentrt's engines is one line in `on_cpu.CONTENDERS`: `"latentrt-NAME-bf16": ours("NAME", "bf16")`. On a

@@ -1,4 +1,4 @@
-"""What every contender of one component is given: the same inputs and the same shapes."""
+"""Every contender of one component is given the same inputs and the same shapes."""
 
 from __future__ import annotations
 

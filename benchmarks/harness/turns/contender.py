@@ -17,7 +17,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender of a run is given.
+    """The workload is what every contender of a run is given.
 
     height, width: pixels. batch: pictures at a time. cache: directory for what a contender keeps between two starts,
     empty before the first. fresh: the first start, which builds what later ones find. component: the largest that
@@ -45,7 +45,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation that is measured.
+    """A contender is one implementation that is measured.
 
     load(workload): returns a Run that has run once and is at full speed. keeps: a second start finds what the first has
     built. backend: the backend of latentrt's engine, None for others' implementations. dtype: the precision that it
@@ -61,7 +61,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Timed:
-    """What a Run that measures itself returns: seconds of one call, its result, and memory taken on the GPU so far."""
+    """A Run that measures itself returns this: seconds of one call, its result, memory taken on the GPU so far."""
 
     seconds: float
     result: Any
@@ -70,7 +70,7 @@ class Timed:
 
 @dataclass
 class Measured:
-    """What is known of one contender so far.
+    """The state holds what is known of one contender so far.
 
     build_seconds: first start, with nothing built. load_seconds: a start that finds what was built. Both are from the
     first import to the end of the first call. seconds, results: one entry a call. peak_bytes: most resident memory,

@@ -1,4 +1,4 @@
-"""What a benchmark that measures in turn writes and shows: figures as they come in, limits, a chart."""
+"""A benchmark that measures in turn writes and shows: figures as they come in, limits, a chart."""
 
 from __future__ import annotations
 

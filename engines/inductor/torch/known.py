@@ -1,4 +1,4 @@
-"""What follows from shapes and constants alone, in numpy, so that no shape arithmetic is left in what is traced."""
+"""Whatever follows from shapes and constants alone is computed in numpy, so that none of it is traced."""
 
 from __future__ import annotations
 

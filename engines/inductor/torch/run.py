@@ -1,4 +1,4 @@
-"""One run of a graph in PyTorch: the values so far, what is known of them, and which kernel computes a site."""
+"""A run of a graph in PyTorch holds the values so far, what is known of them, and which kernel computes a site."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engines.spec import EngineError
 
 @dataclass(frozen=True)
 class Site:
-    """What two kernels compute the same of: kind, shapes of its tensors, and its other arguments by name.
+    """A site is what more than one kernel computes: kind, shapes of its tensors, and its other arguments by name.
 
     Equal sites of a graph are one.
     """
@@ -40,7 +40,7 @@ class Both:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a module computes.
+    """Settings say how a module computes.
 
     dtype: a name of `weights.DTYPES`, of floating-point values but angles. kernels: kinds of `options.KINDS` that are
     ours where they can be; cpp: those in C++, for CPUs, not in Triton. chosen: site → "ours" or "vendor", where it is
@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass
 class Survey:
-    """What a run learns about a graph at its static shapes.
+    """A survey is what a run learns about a graph at its static shapes.
 
     constants: name of a buffer → values that are known without any input; complete: no more of them are added. both:
     every site that our kernels could do → its two ways. rows: weights of a linear layer → rows of its input, the

@@ -1,4 +1,4 @@
-"""One parameter of a module: which initializers it holds, in which dtype and order, and how values get there."""
+"""A weight tells which initializers a parameter holds, in which dtype and order, and how values get there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: initializers one after the other along the first axis; channels_last: that memory order.
+    """A weight is initializers one after the other along the first axis; channels_last: that memory order.
 
     dtype: a name of DTYPES; one in fp8 has scales beside it, float32 [1, rows], as `fp8.linear` reads them.
     """

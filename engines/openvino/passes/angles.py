@@ -1,4 +1,4 @@
-"""What leads to a sine or cosine, in a model of its own."""
+"""This pass puts what leads to a sine or cosine into a model of its own."""
 
 from __future__ import annotations
 
